@@ -1,0 +1,443 @@
+"""Every setting of the system: one YAML file, frozen, unknown keys refused.
+
+A setting marked `Runtime` cannot change a result (paths, memory budgets, workers, logging) and
+stays out of fingerprints; every other setting is part of the identity of the stages that see it.
+"""
+
+import difflib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from rso.errors import UserError
+
+IDENTITY = "identity"
+RUNTIME: dict[str, Any] = {IDENTITY: False}
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Split = Literal["train", "validation", "test"]
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+
+class Source(Section):
+    """One raw file. Field names on the right are those of the file."""
+
+    path: str = Field(json_schema_extra=RUNTIME, description="JSONL, CSV or Parquet file.")
+    name: str = Field(description="Name of the source, kept in every row.")
+    kind: Literal["demonstrations", "comparisons", "prompts"] = Field(
+        description="What a row is: prompt and target, prompt and chosen and rejected, or prompt."
+    )
+    format: Literal["auto", "jsonl", "csv", "parquet"] = Field(
+        "auto", description="File format; auto goes by the suffix."
+    )
+    fields: dict[str, str] = Field(
+        default_factory=dict,
+        description="Our field name to the file's, e.g. {prompt: body, target: summary}.",
+    )
+    split: Split | None = Field(
+        None, description="Put all rows there; null splits by `prepare.split`."
+    )
+    group: str | None = Field(
+        None,
+        description="Field whose rows stay on one side of the split, e.g. a module name.",
+    )
+
+
+class SplitShares(Section):
+    """Shares of the groups that go to validation and test; the rest is for training."""
+
+    validation: Share = Field(0.1, description="Share of groups for validation.")
+    test: Share = Field(0.1, description="Share of groups for test.")
+
+
+class Prepare(Section):
+    """Raw files to prompts, demonstrations and comparisons."""
+
+    task: str = Field("summaries", description="Task name; part of every prompt_id.")
+    sources: tuple[Source, ...] = Field(description="Raw files, in order.")
+    split: SplitShares = Field(default_factory=SplitShares, description="Split shares.")
+    max_prompt_tokens: Count = Field(
+        1024,
+        description="Prompts with more tokens of the base model's tokenizer are refused.",
+    )
+    prompts_per_shard: Count = Field(
+        1000, description="Fixes the number of shards of every later artifact."
+    )
+
+
+class Templates(Section):
+    """Prompt and ranker texts."""
+
+    prompt: str = Field(
+        "chat",
+        description="`chat` for the model's chat template, or text with {prompt} in it.",
+    )
+    instruction: str = Field(
+        "{prompt}",
+        description="User message of the chat template; {prompt} is the prompt.",
+    )
+    response_prefix: str = Field(
+        "",
+        description="Put before every response, e.g. a space after a plain text template.",
+    )
+    ranker_context: str = Field("[CONTEXT] {prompt}", description="Ranker text before responses.")
+    ranker_a: str = Field(" [RESPONSE A] {response}", description="Text of the response in slot A.")
+    ranker_b: str = Field(" [RESPONSE B] {response}", description="Text of the response in slot B.")
+    ranker_suffix: str = Field(" [BETTER]", description="Text before the label token.")
+    label_a: str = Field(" A", description="Label that says A is better; one token.")
+    label_b: str = Field(" B", description="Label that says B is better; one token.")
+    max_context_tokens: Count = Field(
+        1024,
+        description="Ranker contexts are cut to so many tokens, from the right, and counted.",
+    )
+
+
+class Compute(Section):
+    """How models are held in memory."""
+
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="Weights at inference; auto: bfloat16 where the machine computes in it.",
+    )
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation.")
+    device: str = Field(
+        "auto",
+        json_schema_extra=RUNTIME,
+        description="cpu, cuda, or auto for cuda where present.",
+    )
+    token_budget: Count = Field(
+        4096, json_schema_extra=RUNTIME, description="Padded tokens a forward pass."
+    )
+
+
+class Optimisation(Section):
+    """Settings that every trainer shares."""
+
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate.")
+    optimizer: Literal["adamw", "adafactor"] = Field("adafactor", description="Optimiser.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay.")
+    warmup: Share = Field(0.0, description="Share of the steps that warm up.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this.")
+    batch_size: Count = Field(32, description="Examples, comparisons or pairs an optimiser step.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the data.")
+    freeze_embeddings: bool = Field(False, description="Keep the token embeddings as they are.")
+    freeze_layers: int = Field(0, ge=0, description="Keep the lowest so many layers as they are.")
+    token_budget: Count = Field(
+        2048, json_schema_extra=RUNTIME, description="Padded tokens a micro-batch."
+    )
+    checkpoint_steps: Count = Field(
+        50,
+        json_schema_extra=RUNTIME,
+        description="Optimiser steps between resume checkpoints.",
+    )
+
+
+class TrainSft(Optimisation):
+    """Supervised fine-tuning of the reference policy on demonstrations."""
+
+    max_examples: Count | None = Field(None, description="Use at most so many; null for all.")
+
+
+class Sampling(Section):
+    """How responses are drawn."""
+
+    temperature: float = Field(0.7, ge=0, description="0 is greedy.")
+    top_k: int = Field(40, ge=0, description="Keep the k most likely tokens; 0 keeps all.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; 1 keeps all.")
+    max_new_tokens: Count = Field(128, description="Longest response, end of sequence included.")
+
+
+Engine = Literal["auto", "transformers", "vllm"]
+
+
+class Comparisons(Section):
+    """Where comparisons come from: people (labeller null) or a stated function of the text."""
+
+    labeller: str | None = Field(
+        None,
+        description="Name of a synthetic labeller (rso.labelling); null where sources hold human "
+        "comparisons.",
+    )
+    num_prompts: Count = Field(1000, description="Training prompts to decode pairs for.")
+    num_validation_prompts: Count = Field(200, description="Validation prompts likewise.")
+    num_samples: int = Field(4, ge=2, description="Decodes a prompt.")
+    pairs_per_prompt: Count = Field(1, description="Distinct decodes paired, most pairs a prompt.")
+    sampling: Sampling = Field(default_factory=Sampling, description="How decodes are drawn.")
+    engine: Engine = Field("transformers", description="Decoding engine.")
+
+
+class TrainRanker(Optimisation):
+    """Training of a pairwise ranker."""
+
+    init_from: str = Field(
+        "reference", description="`reference` for the SFT policy, or a model source."
+    )
+    folds: tuple[int, ...] = Field((0,), description="Prompt folds whose comparisons are used.")
+    num_folds: Count = Field(1, description="Folds that the prompts are hashed into.")
+    max_comparisons: Count | None = Field(None, description="Use at most so many; null for all.")
+    orders: Literal["both", "flip"] = Field(
+        "both",
+        description="Both orders of every pair in the loss, or one keyed random order.",
+    )
+
+
+class Decode(Section):
+    """Candidates for statistical rejection sampling."""
+
+    engine: Engine = Field("auto", description="auto: vllm where it is installed.")
+    num_samples: Count = Field(64, description="Candidates a prompt.")
+    num_prompts: Count | None = Field(None, description="Training prompts used; null for all.")
+    sampling: Sampling = Field(default_factory=Sampling, description="How candidates are drawn.")
+
+
+class Score(Section):
+    """Rewards of candidates against a baseline."""
+
+
+class Reject(Section):
+    """Statistical rejection sampling (algorithm 1)."""
+
+    beta: float = Field(0.5, ge=0, description="Sampling temperature; 0 best-of-N, .inf uniform.")
+    num_samples: Count = Field(8, description="Candidates to accept a prompt.")
+    duplicates: Literal["keep", "collapse"] = Field(
+        "keep",
+        description="keep: proposal mass of repeated texts counts; collapse: the listing.",
+    )
+
+
+class Pair(Section):
+    """Preference pairs and their labels."""
+
+    source: Literal["rso-sample-rank", "sft-sample-rank", "direct"] = Field(
+        "rso-sample-rank", description="Where the two responses of a pair come from."
+    )
+    ranking: Literal["first-round", "tournament"] = Field(
+        "first-round", description="k/2 pairs, or winners meet again until one is left."
+    )
+    num_samples: Count = Field(8, description="Random decodes a prompt for sft-sample-rank.")
+
+
+class Logps(Section):
+    """Reference log-probabilities."""
+
+
+class TrainPolicy(Optimisation):
+    """Preference optimisation of the policy."""
+
+    loss: Literal["sigmoid_norm", "hinge", "hinge_norm"] = Field(
+        "sigmoid_norm", description="eq. 8, eq. 9 or eq. 10."
+    )
+    gamma: float = Field(0.05, gt=0, description="Scale of the loss logit.")
+    num_evaluations: Count = Field(1, description="Checkpoints compared, evenly spaced.")
+    num_validation_prompts: Count = Field(64, description="Prompts of a checkpoint comparison.")
+    max_new_tokens: Count = Field(128, description="Longest validation answer.")
+    step_zero_tolerance: float = Field(
+        0.05,
+        gt=0,
+        description="Largest |policy - reference| log-prob a token allowed before training, nats.",
+    )
+
+
+class Evaluate(Section):
+    """Win rates on held-out prompts."""
+
+    split: Split = Field("test", description="Prompts to judge.")
+    num_prompts: Count | None = Field(None, description="At most so many; null for all.")
+    engine: Engine = Field("transformers", description="Decoding engine.")
+    max_new_tokens: Count = Field(128, description="Longest answer.")
+    num_kl_samples: int = Field(1, ge=0, description="Untruncated samples a prompt for the KL.")
+
+
+class Report(Section):
+    """The report one reads."""
+
+    title: str = Field("RSO report", description="Heading.")
+    num_examples: int = Field(10, ge=0, description="Side-by-side examples.")
+
+
+class Beam(Section):
+    """The Beam runner of the data-parallel stages."""
+
+    runner: str = Field("FnApiRunner", description="FnApiRunner in memory, or any Beam runner.")
+    options: dict[str, str | int | float | bool] = Field(
+        default_factory=dict, description="Pipeline options of the runner."
+    )
+
+
+class Config(Section):
+    """The whole of a run."""
+
+    store: str = Field(
+        "runs/store", json_schema_extra=RUNTIME, description="Local path or fsspec URL."
+    )
+    seed: int = Field(0, ge=0, description="Seed of every keyed generator.")
+    model: str = Field(
+        json_schema_extra=RUNTIME,
+        description="Base model: a path, org/name@revision, or package:module/file.gguf. "
+        "Its content, not its name, is part of the identity.",
+    )
+    compute: Compute = Field(default_factory=Compute, description="Models in memory.")
+    templates: Templates = Field(default_factory=Templates, description="Texts.")
+    prepare: Prepare = Field(description="Raw files.")
+    train_sft: TrainSft = Field(default_factory=TrainSft, description="Reference policy.")
+    comparisons: Comparisons = Field(default_factory=Comparisons, description="Comparisons.")
+    train_ranker: TrainRanker = Field(default_factory=TrainRanker, description="Ranker.")
+    train_gold_ranker: TrainRanker = Field(default_factory=TrainRanker, description="Gold ranker.")
+    decode: Decode = Field(default_factory=Decode, description="Candidates.")
+    score: Score = Field(default_factory=Score, description="Rewards.")
+    reject: Reject = Field(default_factory=Reject, description="Algorithm 1.")
+    pair: Pair = Field(default_factory=Pair, description="Pairs.")
+    logps: Logps = Field(default_factory=Logps, description="Reference log-probs.")
+    train_policy: TrainPolicy = Field(default_factory=TrainPolicy, description="Policy.")
+    evaluate: Evaluate = Field(default_factory=Evaluate, description="Evaluation.")
+    report: Report = Field(default_factory=Report, description="Report.")
+    beam: Beam = Field(
+        default_factory=Beam,
+        json_schema_extra=RUNTIME,
+        description="Runner of Beam pipelines.",
+    )
+
+    def view(self, sections: Sequence[str]) -> "Config":
+        """Return a copy that holds only `sections`; reading any other raises AttributeError."""
+        return Config.model_construct(
+            _fields_set=set(sections),
+            **{name: getattr(self, name) for name in sections},
+        )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the config in the YAML file `path` with `key.key=value` overrides applied.
+
+    Raises:
+        UserError: the file is missing, is no YAML mapping, or holds an unknown or wrong setting.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file, "
+            "e.g. configs/quickstart.yaml."
+        ) from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(
+            f"config {path}: expected a mapping of settings, found {type(data).__name__}."
+        )
+    for override in overrides:
+        _apply(data, override)
+    return parse_config(data, where=f"config {path}")
+
+
+def parse_config(data: Mapping[str, Any], *, where: str) -> Config:
+    """Return the validated config in `data`; `where` begins the message of a `UserError`."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: {'; '.join(_problem(e) for e in error.errors())}") from None
+
+
+def identity(settings: BaseModel) -> dict[str, Any]:
+    """Return the settings that can change a result, as plain JSON values, None kept."""
+    result: dict[str, Any] = {}
+    for name in type(settings).model_fields:
+        if name in settings.__dict__ and is_identity(type(settings).model_fields[name]):
+            result[name] = _plain(getattr(settings, name))
+    return result
+
+
+def is_identity(field: FieldInfo) -> bool:
+    """Return whether a setting takes part in fingerprints."""
+    extra = field.json_schema_extra
+    return not (isinstance(extra, dict) and extra.get(IDENTITY) is False)
+
+
+def resolve(config: Config) -> Config:
+    """Return `config` with every `auto` that is part of an identity replaced by what it means here.
+
+    An engine resolves to vllm where the package is installed; the dtype to bfloat16 where the
+    machine has a GPU or CPU instructions for it.
+    """
+    engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    update: dict[str, Any] = {}
+    for name in ("comparisons", "decode", "evaluate"):
+        section = getattr(config, name)
+        if section.engine == "auto":
+            update[name] = section.model_copy(update={"engine": engine})
+    if config.compute.dtype == "auto":
+        dtype = "bfloat16" if _computes_bfloat16() else "float32"
+        update["compute"] = config.compute.model_copy(update={"dtype": dtype})
+    return config.model_copy(update=update)
+
+
+def _computes_bfloat16() -> bool:
+    if Path("/dev/nvidia0").exists():
+        return True
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return identity(value)
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    import yaml
+
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override}: expected stage.key=value, e.g. --set reject.beta=0.25.")
+    *parents, last = key.split(".")
+    place = data
+    for parent in parents:
+        child = place.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override}: {parent!r} is a value, it has no keys.")
+        place = child
+    place[last] = yaml.safe_load(text)
+
+
+def _problem(error: Any) -> str:
+    location = [part for part in error["loc"]]
+    place = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"unknown key {place!r}; {hint}Known here: {', '.join(known)}."
+    if error["type"] == "missing":
+        return f"key {place!r} is required and missing."
+    return f"{place}: {error['msg']} (found {error['input']!r})."
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = section.model_fields[part].annotation
+        while get_origin(section) is tuple:
+            section = get_args(section)[0]
+    return list(section.model_fields)

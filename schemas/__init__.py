@@ -1,0 +1,68 @@
+"""The table of artifacts: one Arrow schema a file, checked on write and on read."""
+
+import pyarrow as pa
+
+from schemas import (
+    accepted,
+    candidates,
+    comparisons,
+    demonstrations,
+    generations,
+    judgements,
+    logps,
+    metrics,
+    pairs,
+    prompts,
+    quarantine,
+    rewards,
+)
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "prompts": prompts.SCHEMA,
+    "demonstrations": demonstrations.SCHEMA,
+    "comparisons": comparisons.SCHEMA,
+    "quarantine": quarantine.SCHEMA,
+    "candidates": candidates.SCHEMA,
+    "rewards": rewards.SCHEMA,
+    "accepted": accepted.SCHEMA,
+    "pairs": pairs.SCHEMA,
+    "logps": logps.SCHEMA,
+    "generations": generations.SCHEMA,
+    "judgements": judgements.SCHEMA,
+    "metrics": metrics.SCHEMA,
+}
+
+
+class SchemaMismatch(ValueError):
+    """A table does not have the columns, types or nulls that its schema states."""
+
+
+def sort_keys(name: str) -> list[str]:
+    """Return the columns that identify a row of `name` and order its shards."""
+    return str(SCHEMAS[name].metadata[b"sort_by"].decode()).split(",")
+
+
+def check(table: pa.Table, name: str, where: str) -> None:
+    """Raise `SchemaMismatch` unless `table` has exactly the columns, types and nulls of `name`.
+
+    `where` names the file or the step for the message.
+    """
+    expected = SCHEMAS[name]
+    found = {f.name: f.type for f in table.schema}
+    wanted = {f.name: f.type for f in expected}
+    problems = [f"column {c!r} is missing" for c in wanted if c not in found]
+    problems += [f"column {c!r} is not in the schema" for c in found if c not in wanted]
+    problems += [
+        f"column {c!r} is {found[c]}, expected {wanted[c]}"
+        for c in wanted
+        if c in found and found[c] != wanted[c]
+    ]
+    problems += [
+        f"column {f.name!r} holds {table.column(f.name).null_count} nulls, expected none"
+        for f in expected
+        if not f.nullable and f.name in found and table.column(f.name).null_count
+    ]
+    if problems:
+        raise SchemaMismatch(
+            f"{where}: not a {name!r} table: {'; '.join(problems)}. `rso schema {name}` prints it."
+        )

@@ -1,0 +1,173 @@
+"""The DAG as data: what each stage reads, what it writes and which settings it sees.
+
+This table is the one statement of what feeds what; `rso plan`, the flow and the runner read it.
+"""
+
+from dataclasses import dataclass
+
+from rso.config import Config
+
+Feeds = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    `inputs` maps the name a stage uses to the `stage/output` it is read from. `sections` are the
+    config sections the stage sees; all others are hidden from it and cannot change it.
+    `settings` is the section that is this stage's own. `externals` names what comes from outside
+    the store: `sources` (raw files) or `model` (the base model).
+    """
+
+    name: str
+    module: str
+    inputs: Feeds
+    outputs: tuple[str, ...]
+    sections: tuple[str, ...]
+    settings: str
+    externals: tuple[str, ...] = ()
+
+
+MODELS = ("reference", "ranker", "policy")
+DOCUMENTS = ("report",)
+
+
+def stages(config: Config) -> tuple[Stage, ...]:
+    """Return the stages of the run that `config` describes, every stage after what it reads.
+
+    With human comparisons `compare` is not there; with `pair.source: direct` nothing is decoded.
+    """
+    synthetic = config.comparisons.labeller is not None
+    direct = config.pair.source == "direct"
+    comparisons = "compare/comparisons" if synthetic else "prepare/comparisons"
+    models = ("seed", "compute", "templates")
+
+    def ranker(name: str) -> Stage:
+        inputs = {"comparisons": comparisons, "reference": "train_sft/reference"}
+        return Stage(
+            name,
+            "train_ranker",
+            inputs,
+            ("ranker",),
+            (*models, name),
+            name,
+            ("ranker_init",),
+        )
+
+    reference = {"reference": "train_sft/reference"}
+    table = [
+        Stage(
+            "prepare",
+            "prepare",
+            {},
+            ("prompts", "demonstrations", "comparisons", "quarantine"),
+            ("seed", "prepare"),
+            "prepare",
+            ("sources", "model"),
+        ),
+        Stage(
+            "train_sft",
+            "train_sft",
+            {"demonstrations": "prepare/demonstrations"},
+            ("reference",),
+            (*models, "train_sft"),
+            "train_sft",
+            ("model",),
+        ),
+    ]
+    if synthetic:
+        table.append(
+            Stage(
+                "compare",
+                "compare",
+                {"prompts": "prepare/prompts", **reference},
+                ("comparisons",),
+                (*models, "comparisons"),
+                "comparisons",
+            )
+        )
+    table += [ranker("train_ranker"), ranker("train_gold_ranker")]
+    rankers = {"ranker": "train_ranker/ranker"}
+    candidates = {"candidates": "decode/candidates"}
+    if direct:
+        pair_inputs = {"comparisons": comparisons, "reference": "train_sft/reference"}
+    else:
+        table += [
+            Stage(
+                "decode",
+                "decode",
+                {"prompts": "prepare/prompts", **reference},
+                ("candidates",),
+                (*models, "decode"),
+                "decode",
+            ),
+            Stage(
+                "score",
+                "score",
+                {"prompts": "prepare/prompts", **candidates, **rankers},
+                ("rewards",),
+                (*models, "score"),
+                "score",
+            ),
+            Stage(
+                "reject",
+                "reject",
+                {**candidates, "rewards": "score/rewards"},
+                ("accepted",),
+                ("seed", "reject"),
+                "reject",
+            ),
+        ]
+        pair_inputs = {
+            "prompts": "prepare/prompts",
+            "accepted": "reject/accepted",
+            **candidates,
+            **rankers,
+        }
+    table += [
+        Stage("pair", "pair", pair_inputs, ("pairs",), (*models, "pair"), "pair"),
+        Stage(
+            "logps",
+            "logps",
+            {"pairs": "pair/pairs", **reference},
+            ("logps",),
+            (*models, "logps"),
+            "logps",
+        ),
+        Stage(
+            "train_policy",
+            "train_policy",
+            {
+                "pairs": "pair/pairs",
+                "logps": "logps/logps",
+                "prompts": "prepare/prompts",
+                **reference,
+                **rankers,
+            },
+            ("policy",),
+            (*models, "train_policy"),
+            "train_policy",
+        ),
+        Stage(
+            "evaluate",
+            "evaluate",
+            {
+                "prompts": "prepare/prompts",
+                "policy": "train_policy/policy",
+                **reference,
+                **rankers,
+                "gold_ranker": "train_gold_ranker/ranker",
+            },
+            ("generations", "judgements", "metrics"),
+            (*models, "comparisons", "evaluate"),
+            "evaluate",
+        ),
+    ]
+    everything = {
+        f"{stage.name}/{output}": f"{stage.name}/{output}"
+        for stage in table
+        for output in stage.outputs
+    }
+    table.append(Stage("report", "report", everything, ("report",), ("report",), "report"))
+    return tuple(table)
