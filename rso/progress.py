@@ -2,51 +2,45 @@
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 QUIET_SECONDS = 2.0
 
 
-class Bar:
-    """A progress bar with rate and time left; it appears once the work has lasted two seconds."""
+class progress:  # noqa: N801 - used as `with progress(...) as bar`
+    """A bar with rate and time left for `total` units; it shows once two seconds have passed."""
 
-    def __init__(self, what: str, total: int, unit: str) -> None:
+    def __init__(self, what: str, *, total: int, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit
         self._done = 0
         self._started = time.monotonic()
-        self._bar: object | None = None
+        self._bar: Any = None
 
     def advance(self, count: int = 1) -> None:
         """Count `count` more units as done and redraw."""
         self._done += count
-        if not sys.stderr.isatty() or time.monotonic() - self._started < QUIET_SECONDS:
-            return
-        from tqdm import tqdm
+        if self._bar is not None:
+            self._bar.update(count)
+        elif sys.stderr.isatty() and time.monotonic() - self._started > QUIET_SECONDS:
+            from tqdm import tqdm
 
-        if not isinstance(self._bar, tqdm):
             self._bar = tqdm(
                 total=self._total,
                 desc=self._what,
                 unit=f" {self._unit}",
-                initial=0,
                 dynamic_ncols=True,
                 leave=False,
             )
             self._bar.start_t -= time.monotonic() - self._started
             self._bar.update(self._done)
-        else:
-            self._bar.update(count)
 
     def note(self, **figures: float) -> None:
         """Show figures such as the loss beside the bar."""
-        from tqdm import tqdm
-
-        if isinstance(self._bar, tqdm):
+        if self._bar is not None:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> "progress":
         return self
 
     def __exit__(
@@ -55,13 +49,5 @@ class Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        close = getattr(self._bar, "close", None)
-        if close is not None:
-            close()
-
-
-@contextmanager
-def progress(what: str, *, total: int, unit: str) -> Iterator[Bar]:
-    """Yield a `Bar` for `total` units of work."""
-    with Bar(what, total, unit) as bar:
-        yield bar
+        if self._bar is not None:
+            self._bar.close()

@@ -1,11 +1,11 @@
-"""A candidate after statistical rejection sampling; declined ones are kept with is_accepted false."""
+"""A candidate after statistical rejection sampling."""
 
 import pyarrow as pa
 
 from schemas.fields import field, schema
 
 SCHEMA = schema(
-    "A candidate after statistical rejection sampling; declined ones are kept with is_accepted false.",
+    "A candidate after statistical rejection sampling; the declined are kept too.",
     sort_by=["prompt_id", "response_id"],
     fields=[
         field("prompt_id", pa.string(), "16 hex digits of SHA-256 over (task, NFC prompt)"),

@@ -30,7 +30,7 @@ SCHEMA = schema(
         field(
             "cumulative_logp",
             pa.float32(),
-            "summed untempered log-probability under the reference; null where the engine gives none",
+            "summed untempered log-probability under the reference; null if the engine gives none",
             unit="nats",
             nullable=True,
         ),

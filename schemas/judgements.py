@@ -21,7 +21,7 @@ SCHEMA = schema(
         field(
             "is_flipped",
             pa.bool_(),
-            "verdict taken with the opponent first and turned back; false where orders are averaged",
+            "verdict taken with the opponent first and turned back; false if orders are averaged",
         ),
     ],
 )
