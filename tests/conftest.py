@@ -1,0 +1,104 @@
+"""Tiny real models: two layers, width 32, random weights, a tokenizer trained here."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+CORPUS = [
+    "Return the sum of all the numbers in a list, or zero when the list is empty.",
+    "Open a file and read its lines; raise an error when the file does not exist.",
+    "The quick brown fox jumps over the lazy dog, and the dog does not care.",
+    "[CONTEXT] a question [RESPONSE A] one answer [RESPONSE B] another answer [BETTER] A",
+    "[CONTEXT] a text [RESPONSE A] good words [RESPONSE B] bad words [BETTER] B",
+    "Is A better than B? A is good. B is good. A B A B",
+]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """Byte-level BPE with BOS (added by itself), EOS, pad, role tokens and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        additional_special_tokens=special[3:],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_llama(tiny_tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
+    """Return a maker of tiny Llama directories: `make_llama(directory, seed=0, **config)`."""
+
+    def make(directory: Path, seed: int = 0, **overrides: object) -> str:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        settings: dict[str, object] = {
+            "vocab_size": len(tiny_tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "max_position_embeddings": 512,
+            # Wide enough that random weights have opinions.
+            "initializer_range": 0.3,
+            "tie_word_embeddings": False,
+            "pad_token_id": tiny_tokenizer.pad_token_id,
+            "bos_token_id": tiny_tokenizer.bos_token_id,
+            "eos_token_id": tiny_tokenizer.eos_token_id,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
+        model.save_pretrained(directory)
+        tiny_tokenizer.save_pretrained(directory)
+        return str(directory)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(make_llama: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny policy in fp32, a plain Hugging Face directory."""
+    return make_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_ranker_dir(
+    make_llama: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """A tiny ranker: the same shape and tokenizer, other weights."""
+    return make_llama(tmp_path_factory.mktemp("tiny-ranker"), seed=1)
