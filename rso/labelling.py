@@ -24,7 +24,7 @@ is known exactly; its scores are "gold points" and are called synthetic wherever
 Every term is bounded and needs the prompt and the response alone, so a ranker can learn it, and no
 term can be bought with another: more of the prompt's words beyond the heaviest gain nothing, and a
 list of them loses grammar, form and variety. Of the human lines of the standard library's
-docstrings, 73 % are within the range of length (20 % are shorter) and 84 % or more within each other
+docstrings, 73 % are within the range of length (20 % are shorter), 84 % or more within each other
 range. Their mean is 4.0 points; the same lines without function words have 1.1, the heaviest words
 in a row 2.4, the first ten words of the prompt 1.7, the line of another prompt 1.9.
 """
