@@ -1,0 +1,1 @@
+"""Statistical Rejection Sampling Optimisation (arXiv:2309.06657): the method and its plumbing."""

@@ -1,0 +1,130 @@
+"""How sure a figure is: intervals and tests over prompts, the unit that is drawn independently."""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rso import seeds
+from rso.rejection import acceptance_probabilities
+
+Values = Sequence[float] | npt.NDArray[np.floating]
+Floats = npt.NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """An estimate over n prompts with its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def wilson(successes: float, n: int, *, level: float = 0.95) -> Interval:
+    """Wilson's score interval (1927) for a share of `n` trials.
+
+    Ties may enter `successes` as halves. Values in [0, 1] with mean m vary at most as much as a
+    coin of probability m, so the interval is then on the wide side, never too narrow.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(
+            f"wilson: {successes} successes of {n}, expected at least one trial and 0 to n"
+            " successes: leave out the figure when nothing was judged"
+        )
+    share = successes / n
+    z_squared = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    centre = (share + z_squared / (2 * n)) / (1 + z_squared / n)
+    spread = share * (1 - share) / n + z_squared / (4 * n**2)
+    half_width = math.sqrt(z_squared * spread) / (1 + z_squared / n)
+    # At 0 and n the ends are exactly 0 and 1, which rounding would miss.
+    low = 0.0 if successes == 0 else centre - half_width
+    high = 1.0 if successes == n else centre + half_width
+    return Interval(share, low, high, n)
+
+
+def win_rate(verdicts: Values, *, level: float = 0.95) -> Interval:
+    """Mean of the verdicts (win 1, tie 0.5, loss 0; one a prompt) with Wilson's score interval.
+
+    The score interval and not a bootstrap: it needs no seed, holds at 0 and 1, and with ties errs
+    towards being too wide.
+    """
+    values = np.asarray(verdicts, dtype=np.float64)
+    wrong = values[~np.isin(values, (0.0, 0.5, 1.0))]
+    if wrong.size:
+        raise ValueError(
+            f"win_rate: a verdict is {wrong[0]}, expected 1 (win), 0.5 (tie) or 0 (loss):"
+            " decide each prompt before counting"
+        )
+    return wilson(float(values.sum()), len(values), level=level)
+
+
+def bootstrap_mean(
+    values: Values, *, seed: int, level: float = 0.95, resamples: int = 2000
+) -> Interval:
+    """Mean over prompts with a percentile bootstrap interval (Efron 1979), keyed by `seed`.
+
+    `values` are [prompt], one each. Below some 30 prompts percentile intervals are too narrow.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.size == 0:
+        raise ValueError(
+            "bootstrap_mean: no values, expected at least one prompt: leave out the figure"
+        )
+    draws = seeds.generator("bootstrap", seed)
+    # One resample at a time: memory stays that of one, whatever the number of prompts.
+    means = [sample[draws.integers(sample.size, size=sample.size)].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(sample.mean()), float(low), float(high), sample.size)
+
+
+def paired_bootstrap_difference(
+    values: Values, baseline: Values, *, seed: int, level: float = 0.95, resamples: int = 2000
+) -> Interval:
+    """Mean of values - baseline over prompts, with its bootstrap interval; positive: values lead.
+
+    Both are [prompt] on the same prompts in the same order, so what makes a prompt hard cancels.
+    """
+    differences = _differences("paired_bootstrap_difference", values, baseline)
+    return bootstrap_mean(differences, seed=seed, level=level, resamples=resamples)
+
+
+def sign_test(values: Values, baseline: Values) -> float:
+    """Two-sided p-value of the exact sign test that neither system leads; ties are left out.
+
+    Both are [prompt] on the same prompts in the same order. 1 when all are ties.
+    """
+    differences = _differences("sign_test", values, baseline)
+    num_wins = int(np.count_nonzero(differences > 0))
+    num_decided = int(np.count_nonzero(differences))
+    tail = range(min(num_wins, num_decided - num_wins) + 1)
+    # Logarithms, since binomial coefficients outgrow floats from about a thousand prompts.
+    return min(1.0, 2 * math.fsum(math.exp(_log_fair_binomial(num_decided, k)) for k in tail))
+
+
+def effective_sample_size(rewards: Values, beta: float) -> float:
+    """Kish's effective number (sum w)² / sum w² of n candidates weighted w = exp(reward / beta).
+
+    Between 1 and n: how many samples of π_r (eq. 4) the candidates of one prompt are worth.
+    """
+    weights = acceptance_probabilities(rewards, beta)
+    return float(weights.sum() ** 2 / (weights**2).sum()) if weights.size else 0.0
+
+
+def _differences(where: str, values: Values, baseline: Values) -> Floats:
+    ours = np.asarray(values, dtype=np.float64)
+    theirs = np.asarray(baseline, dtype=np.float64)
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"{where}: {len(ours)} values against {len(theirs)}, expected one of each per prompt:"
+            " join both on prompt_id first"
+        )
+    return ours - theirs
+
+
+def _log_fair_binomial(n: int, k: int) -> float:
+    log_ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return log_ways - n * math.log(2)

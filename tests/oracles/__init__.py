@@ -1,0 +1,1 @@
+"""Slow, plain transcriptions of the paper to hold the code against."""
