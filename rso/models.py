@@ -2,7 +2,7 @@
 
 A source is `package:module/file.gguf`, a local path (a Hugging Face directory or a `.gguf` file),
 or a hub id `org/name@revision`. Its identity is its content, a SHA-256 or a hub commit, and never a
-path. Importing this module, `resolve` and `model_digest` load no torch, so that planning stays fast.
+path. Importing this module, `resolve` and `model_digest` load no torch: planning stays fast.
 """
 
 import copy

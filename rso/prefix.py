@@ -51,9 +51,18 @@ class Batch:
         """Branches of all rows."""
         return sum(map(len, self.spans))
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prefix with one branch: what the model sees as one sequence."""
+        return max(
+            prefix + end - start
+            for prefix, spans in zip(self.prefix_lengths, self.spans, strict=True)
+            for start, end in spans
+        )
 
-def collate(rows: Sequence[Row], *, pad_id: int, device: torch.device | str = "cpu") -> Batch:
-    """Return `rows` as one batch on `device`.
+
+def collate(rows: Sequence[Row], *, pad_id: int = 0, device: torch.device | str = "cpu") -> Batch:
+    """Return `rows` as one batch on `device`; no branch sees padding, so any `pad_id` will do.
 
     Raises:
         ValueError: a row has an empty prefix, no branch, or an empty branch.
@@ -118,9 +127,9 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the last hidden states [B, L, H] in the model's dtype, without any logits.
 
     Raises:
-        ValueError: a sequence is longer than the model's sliding attention window.
+        ValueError: a sequence is longer than the model's context or sliding attention window.
     """
-    _check_window(model, batch)
+    _check_length(model, batch.longest_sequence)
     mask = batch.attention_mask
     if model.config._attn_implementation != "sdpa":
         # Only sdpa reads a boolean mask; eager attention would add it to the scores.
@@ -179,7 +188,9 @@ def last_logits(model: PreTrainedModel, batch: Batch, token_ids: Sequence[int]) 
     hidden = hidden_states(model, batch)
     rows = [row for row, spans in enumerate(batch.spans) for _ in spans]
     ends = [end - 1 for spans in batch.spans for _, end in spans]
-    picked = hidden[torch.tensor(rows, device=hidden.device), torch.tensor(ends)].float()
+    picked = hidden[
+        torch.tensor(rows, device=hidden.device), torch.tensor(ends, device=hidden.device)
+    ].float()
     head = _head(model)
     index = torch.tensor(list(token_ids), device=hidden.device)
     logits = picked @ head.weight[index].float().T
@@ -225,9 +236,14 @@ def _head(model: Any) -> Any:
     return model.get_output_embeddings()
 
 
-def _check_window(model: PreTrainedModel, batch: Batch) -> None:
+def _check_length(model: PreTrainedModel, longest: int) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"a sequence of {longest} tokens is longer than the model's context of {context}; "
+            "shorten prompts or responses, or choose a model with a longer context."
+        )
     window = getattr(model.config, "sliding_window", None)
-    longest = int(batch.position_ids.max()) + 1
     if window is not None and longest > window:
         raise ValueError(
             f"a sequence of {longest} tokens is longer than the model's sliding attention window "

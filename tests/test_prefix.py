@@ -102,6 +102,13 @@ def test_sliding_window_shorter_than_a_sequence_is_refused(model: PreTrainedMode
         prefix.hidden_states(model, prefix.collate(ROWS, pad_id=0))
 
 
+def test_sequence_longer_than_the_context_is_refused(model: PreTrainedModel) -> None:
+    rows = [Row([1] * 500, [[2] * 12, [2] * 12]), Row([1], [[2] * 512])]
+    prefix.hidden_states(model, prefix.collate(rows[:1]))
+    with pytest.raises(ValueError, match=r"sequence of 513 .* context of 512"):
+        prefix.hidden_states(model, prefix.collate(rows))
+
+
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))
 def test_plan_batches_covers_all_within_the_budget(lengths: list[int], budget: int) -> None:
     batches = prefix.plan_batches(lengths, budget)

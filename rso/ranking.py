@@ -1,0 +1,224 @@
+"""The pairwise ranker: logits of "A" against "B", rewards (eq. 7) and preferences.
+
+Signs: `compare` gives logit_A - logit_B, positive when the first response is better. A reward has
+the baseline in slot A and the candidate in slot B, so it is logit_B - logit_A, positive when the
+candidate is better. All are fp32, in nats.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from rso import models
+from rso.config import Templates
+from rso.errors import UserError
+from rso.prefix import Row, collate, last_logits, plan_batches, split_row
+from rso.progress import progress as Bar
+from rso.templates import RankerEncoder
+
+Float32 = NDArray[np.float32]
+
+
+class Comparison(NamedTuple):
+    """Two responses to a prompt; `a` goes into slot A."""
+
+    prompt: str
+    a: str
+    b: str
+
+
+class Candidates(NamedTuple):
+    """The candidates of a prompt and the baseline they are scored against."""
+
+    prompt: str
+    baseline: str
+    responses: Sequence[str]
+
+
+class NonFiniteLogit(ValueError):
+    """A ranker gave NaN or infinity."""
+
+
+class Ranker(Protocol):
+    """What stages need of a pairwise ranker, whatever computes it."""
+
+    def compare(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
+        """Return logit_A - logit_B of each item as it stands, one order only: [items]."""
+        ...
+
+    def preference(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
+        """Return z = (z_AB - z_BA) / 2 of each item, [items]; P(`a` is better) = sigmoid(z)."""
+        ...
+
+    def positional_bias(self, items: Sequence[Comparison]) -> float:
+        """Return the mean of (z_AB + z_BA) / 2: positive when slot A is favoured."""
+        ...
+
+    def rewards_many(
+        self, items: Sequence[Candidates], progress: Bar | None = None
+    ) -> list[Float32]:
+        """Return the rewards of each item's responses (eq. 7)."""
+        ...
+
+
+class TransformersRanker:
+    """A causal language model fine-tuned to say which slot holds the better response."""
+
+    def __init__(
+        self, model: PreTrainedModel, encoder: RankerEncoder, *, token_budget: int = 4096
+    ) -> None:
+        self._model = model
+        self._encoder = encoder
+        self._token_budget = token_budget
+        self._context_length = models.context_length(model.config)
+
+    def compare(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
+        """Return logit_A - logit_B of each item as it stands, one order only: [items].
+
+        Items of one prompt share its context; equal items are computed once.
+
+        Raises:
+            NonFiniteLogit: a logit is NaN or infinite; the prompt is named.
+            UserError: a comparison is longer than the model's context.
+        """
+        numbers: dict[str, dict[tuple[str, str], int]] = {}
+        for item in items:
+            pairs = numbers.setdefault(item.prompt, {})
+            pairs.setdefault((item.a, item.b), len(pairs))
+        rows = [
+            Row(self._encoder.context(prompt).ids, [self._encoder.branch(*pair) for pair in pairs])
+            for prompt, pairs in numbers.items()
+        ]
+        found = dict(zip(numbers, self._margins(list(numbers), rows, progress), strict=True))
+        return np.array(
+            [found[item.prompt][numbers[item.prompt][item.a, item.b]] for item in items],
+            dtype=np.float32,
+        )
+
+    def preference(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
+        """Return z = (z_AB - z_BA) / 2 of each item, [items]; P(`a` is better) = sigmoid(z).
+
+        Swapping the two responses negates z exactly in exact arithmetic.
+        """
+        forward, backward = self.both_orders(items, progress)
+        return (forward - backward) / np.float32(2)
+
+    def positional_bias(self, items: Sequence[Comparison]) -> float:
+        """Return the mean of (z_AB + z_BA) / 2: positive when slot A is favoured."""
+        forward, backward = self.both_orders(items)
+        return float(np.mean((forward + backward) / 2, dtype=np.float64)) if len(items) else 0.0
+
+    def both_orders(
+        self, items: Sequence[Comparison], progress: Bar | None = None
+    ) -> tuple[Float32, Float32]:
+        """Return z_AB and z_BA, each logit_A - logit_B [items], with `a` first and with `b` first.
+
+        `progress` counts branches, at most two an item.
+        """
+        swapped = [Comparison(item.prompt, item.b, item.a) for item in items]
+        margins = self.compare([*items, *swapped], progress)
+        return margins[: len(items)], margins[len(items) :]
+
+    def rewards(self, prompt: str, baseline: str, responses: Sequence[str]) -> Float32:
+        """Return the reward of each response against the baseline: [responses] (eq. 7)."""
+        return self.rewards_many([Candidates(prompt, baseline, responses)])[0]
+
+    def rewards_many(
+        self, items: Sequence[Candidates], progress: Bar | None = None
+    ) -> list[Float32]:
+        """Return the rewards of each item's responses: logit_B - logit_A, the candidate in B.
+
+        Context and baseline are computed once for all responses, equal responses once.
+
+        Raises:
+            NonFiniteLogit: a logit is NaN or infinite; the prompt is named.
+            UserError: a comparison is longer than the model's context.
+        """
+        rows, texts = [], []
+        for item in items:
+            distinct = {text: number for number, text in enumerate(dict.fromkeys(item.responses))}
+            prefix = self._encoder.context(item.prompt).ids + self._encoder.side("A", item.baseline)
+            suffix = self._encoder.suffix
+            rows.append(Row(prefix, [self._encoder.side("B", text) + suffix for text in distinct]))
+            texts.append(distinct)
+        margins = self._margins([item.prompt for item in items], rows, progress)
+        return [
+            -values[[distinct[text] for text in item.responses]]
+            if distinct
+            else np.empty(0, np.float32)
+            for item, distinct, values in zip(items, texts, margins, strict=True)
+        ]
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """Return how many prompts are longer than `max_context_tokens` and lose their end."""
+        return sum(self._encoder.context(prompt).num_cut > 0 for prompt in prompts)
+
+    def _margins(
+        self, prompts: Sequence[str], rows: Sequence[Row], progress: Bar | None
+    ) -> list[Float32]:
+        """Return logit_A - logit_B of every branch of every row, rows as given."""
+        self._check_lengths(prompts, rows)
+        parts = [
+            (index, part)
+            for index, row in enumerate(rows)
+            for part in split_row(row, self._token_budget)
+        ]
+        found: list[Float32] = [np.empty(0, np.float32)] * len(parts)
+        for chosen in plan_batches([part.num_tokens for _, part in parts], self._token_budget):
+            batch = collate([parts[number][1] for number in chosen], device=self._model.device)
+            with torch.inference_mode():
+                logits = last_logits(self._model, batch, self._encoder.labels).cpu().numpy()
+            sizes = [len(spans) for spans in batch.spans]
+            margins = np.split(logits[:, 0] - logits[:, 1], np.cumsum(sizes)[:-1])
+            for number, values in zip(chosen, margins, strict=True):
+                found[number] = values
+            if progress is not None:
+                progress.advance(batch.num_branches)
+        pieces: list[list[Float32]] = [[np.empty(0, np.float32)] for _ in rows]
+        for (index, _), values in zip(parts, found, strict=True):
+            _check_finite(prompts[index], values)
+            pieces[index].append(values)
+        return [np.concatenate(piece) for piece in pieces]
+
+    def _check_lengths(self, prompts: Sequence[str], rows: Sequence[Row]) -> None:
+        for prompt, row in zip(prompts, rows, strict=True):
+            longest = len(row.prefix) + max(map(len, row.branches), default=0)
+            if longest > self._context_length:
+                raise UserError(
+                    f"ranker, prompt {prompt[:60]!r}: context and responses are {longest} tokens, "
+                    f"the model's context is {self._context_length}; lower "
+                    "templates.max_context_tokens or the longest response."
+                )
+
+
+def load_ranker(
+    directory: str | Path,
+    templates: Templates,
+    *,
+    dtype: torch.dtype | str,
+    token_budget: int,
+    device: torch.device | str = "cpu",
+    attention: str = "sdpa",
+) -> TransformersRanker:
+    """Return the ranker in a model directory.
+
+    Raises:
+        UserError: model or tokenizer is missing, or a label is not one token of the tokenizer.
+    """
+    encoder = RankerEncoder(models.load_tokenizer(directory), templates)
+    model = models.load_causal(directory, dtype=dtype, device=device, attention=attention)
+    return TransformersRanker(model, encoder, token_budget=token_budget)
+
+
+def _check_finite(prompt: str, values: Float32) -> None:
+    if not np.isfinite(values).all():
+        raise NonFiniteLogit(
+            f"ranker, prompt {prompt[:60]!r}: {int((~np.isfinite(values)).sum())} of "
+            f"{len(values)} logit differences are NaN or infinite; check that the ranker's "
+            "training did not diverge, or compute in float32."
+        )

@@ -1,0 +1,185 @@
+"""Rankers: signs, sharing and refusals, against one plain forward pass a comparison."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from rso import ranking
+from rso.config import Templates
+from rso.errors import UserError
+from rso.ranking import Candidates, Comparison, TransformersRanker
+from rso.templates import RankerEncoder
+
+WORDS = ["one", "bad", "care", "fox", "file", "lines", "lazy", "empty"]
+ITEMS = [
+    Comparison("a question", "one answer", "another answer"),
+    Comparison("a text", "good words", "bad words and more words"),
+    Comparison("a question", "another answer", "one answer"),
+    Comparison("a question", "one answer", "another answer"),
+    Comparison("a question", "", "x"),
+]
+
+
+def plain_margin(model: PreTrainedModel, encoder: RankerEncoder, item: Comparison) -> torch.Tensor:
+    """logit_A - logit_B from the whole input as one sequence and all logits."""
+    ids = encoder.context(item.prompt).ids
+    ids = ids + encoder.side("A", item.a) + encoder.side("B", item.b) + encoder.suffix
+    logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+    return logits[encoder.labels.a] - logits[encoder.labels.b]
+
+
+@pytest.fixture(scope="module")
+def ranker(tiny_ranker_dir: str) -> TransformersRanker:
+    return ranking.load_ranker(tiny_ranker_dir, Templates(), dtype="float32", token_budget=256)
+
+
+@pytest.fixture(scope="module")
+def plain(
+    tiny_ranker_dir: str, tiny_tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Sequence[Comparison]], np.ndarray]:
+    model = AutoModelForCausalLM.from_pretrained(tiny_ranker_dir, dtype=torch.float32).eval()
+    encoder = RankerEncoder(tiny_tokenizer, Templates())
+
+    def margins(items: Sequence[Comparison]) -> np.ndarray:
+        with torch.inference_mode():
+            return torch.stack([plain_margin(model, encoder, item) for item in items]).numpy()
+
+    return margins
+
+
+@pytest.mark.parametrize("token_budget", [1, 100, 4096])
+def test_compare_equals_one_sequence_at_a_time(
+    tiny_ranker_dir: str,
+    plain: Callable[[Sequence[Comparison]], np.ndarray],
+    token_budget: int,
+) -> None:
+    ranker = ranking.load_ranker(
+        tiny_ranker_dir, Templates(), dtype="float32", token_budget=token_budget
+    )
+    found = ranker.compare(ITEMS)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, plain(ITEMS), rtol=1e-5, atol=1e-5)
+
+
+def test_rewards_put_the_baseline_in_a_and_the_candidate_in_b(
+    ranker: TransformersRanker, plain: Callable[[Sequence[Comparison]], np.ndarray]
+) -> None:
+    texts = [*WORDS, "one", "one"]
+    found = ranker.rewards_many([Candidates("a question", "one", texts), Candidates("p", "x", [])])
+    expected = -plain([Comparison("a question", "one", text) for text in texts])
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
+    assert found[0][0] == found[0][8] == found[0][9]
+    assert found[1].shape == (0,)
+    assert ranker.rewards("a question", "one", texts).tolist() == found[0].tolist()
+
+
+def test_preference_averages_both_orders(
+    ranker: TransformersRanker, plain: Callable[[Sequence[Comparison]], np.ndarray]
+) -> None:
+    forward = plain(ITEMS)
+    backward = plain([Comparison(item.prompt, item.b, item.a) for item in ITEMS])
+    found = ranker.preference(ITEMS)
+    np.testing.assert_allclose(found, (forward - backward) / 2, rtol=1e-5, atol=1e-5)
+    swapped = ranker.preference([Comparison(item.prompt, item.b, item.a) for item in ITEMS])
+    np.testing.assert_allclose(swapped, -found, rtol=1e-5, atol=1e-5)
+    bias = ranker.positional_bias(ITEMS)
+    assert bias == pytest.approx(float(np.mean((forward + backward) / 2)), rel=1e-4)
+
+
+def test_equal_texts_are_computed_once(
+    ranker: TransformersRanker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    original = ranking.last_logits
+
+    def counting(model: PreTrainedModel, batch: object, ids: Sequence[int]) -> torch.Tensor:
+        result = original(model, batch, ids)  # type: ignore[arg-type]
+        counted.append(len(result))
+        return result
+
+    monkeypatch.setattr(ranking, "last_logits", counting)
+    ranker.rewards("a question", "one", ["x", "y", "x", "x"])
+    assert sum(counted) == 2
+    counted.clear()
+    ranker.compare(ITEMS)
+    assert sum(counted) == 4
+
+
+def test_nothing_to_compare_gives_nothing(ranker: TransformersRanker) -> None:
+    assert ranker.compare([]).shape == (0,)
+    assert ranker.preference([]).shape == (0,)
+    assert ranker.positional_bias([]) == 0.0
+    assert ranker.rewards_many([]) == []
+
+
+def test_non_finite_logits_name_the_prompt(
+    tiny_ranker_dir: str, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_ranker_dir, dtype=torch.float32).eval()
+    encoder = RankerEncoder(tiny_tokenizer, Templates())
+    with torch.no_grad():
+        model.lm_head.weight[encoder.labels.a] = float("nan")
+    broken = TransformersRanker(model, encoder)
+    with pytest.raises(ranking.NonFiniteLogit, match="prompt 'a question': 1 of 1"):
+        broken.rewards("a question", "one", ["two"])
+
+
+def test_comparison_longer_than_the_context_is_a_user_error(ranker: TransformersRanker) -> None:
+    with pytest.raises(UserError, match=r"prompt 'a question': .* the model's context is 512"):
+        ranker.rewards("a question", "one", ["fox " * 600])
+
+
+def test_long_contexts_are_cut_and_counted(tiny_ranker_dir: str) -> None:
+    ranker = ranking.load_ranker(
+        tiny_ranker_dir, Templates(max_context_tokens=20), dtype="float32", token_budget=256
+    )
+    assert ranker.count_cut(["a question", "a question " * 50]) == 1
+    long = [Comparison("a question " * n, "one", "two") for n in (50, 60)]
+    assert ranker.compare(long)[0] == ranker.compare(long)[1]
+
+
+def test_planted_preference_has_the_right_sign_everywhere(
+    make_llama: Callable[..., str], tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """A ranker taught by plain cross-entropy that "good" is good gives "good" the high reward."""
+    directory = make_llama(tmp_path / "planted", initializer_range=0.1)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    encoder = RankerEncoder(tiny_tokenizer, Templates())
+    plant(model, encoder)
+    ranker = TransformersRanker(model.eval(), encoder)
+    rewards = ranker.rewards("a text", "lazy", ["good", "fox", "good", "empty"])
+    assert rewards[[0, 2]].min() > 1 + rewards[[1, 3]].max()
+    z = ranker.preference(
+        [Comparison("a text", "good", "fox"), Comparison("a text", "fox", "good")]
+    )
+    assert z[0] > 1 and z[1] < -1
+
+
+def plant(model: PreTrainedModel, encoder: RankerEncoder) -> None:
+    """Train on "good" against another word in either slot, and on other words against each other.
+
+    The target is the label token; between two other words it is both labels, once each.
+    """
+    a, b = encoder.labels
+    taught = [(("good", word), a) for word in WORDS] + [((word, "good"), b) for word in WORDS]
+    others = list(zip(WORDS, WORDS[1:] + WORDS[:1], strict=True))
+    taught += [(pair, label) for pair in others for label in (a, b)]
+    pairs = [pair for pair, _ in taught]
+    target = torch.tensor([label for _, label in taught])
+    inputs = [encoder.context("a text").ids + encoder.branch(*pair) for pair in pairs]
+    ids = torch.zeros(len(pairs), max(map(len, inputs)), dtype=torch.int64)
+    for row, values in enumerate(inputs):
+        ids[row, : len(values)] = torch.tensor(values)
+    last = torch.tensor([len(values) - 1 for values in inputs])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        # Causal attention: padding on the right changes nothing at the last position.
+        logits = model(input_ids=ids).logits[torch.arange(len(pairs)), last]
+        loss = torch.nn.functional.cross_entropy(logits, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
