@@ -1,0 +1,428 @@
+"""The report one reads: a self-contained HTML page, and the same figures for a terminal.
+
+Everything shown is handed in as `ReportData`; the page has no script and no outside reference.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rso import charts, seeds
+from rso.evaluation import CONTESTS, HUMAN, JUDGES, POLICY, REFERENCE, conclusion, find
+
+Row = Mapping[str, Any]
+
+SYSTEM_NAMES = {POLICY: "Policy", REFERENCE: "SFT", HUMAN: "Human"}
+JUDGE_NAMES = {
+    "ranker": "Ranker",
+    "gold_ranker": "Gold ranker",
+    "gold": "Known gold (synthetic)",
+    "length": "Length alone",
+}
+JUDGE_MEANINGS = {
+    "ranker": "the model that labelled the pairs, so the policy was trained to please it",
+    "gold_ranker": "a model trained on comparisons of other prompts, unseen in training the policy",
+    "gold": "the stated function of text that labelled the comparisons: synthetic, but exact",
+    "length": "prefers the response with more words and looks at nothing else",
+}
+HISTOGRAM_BINS = 24
+
+
+class TextFigure(NamedTuple):
+    """A row of the table of answers: the metric, its heading and the digits it is shown with."""
+
+    metric: str
+    name: str
+    digits: int
+    scale: float = 1.0
+
+
+TEXT_FIGURES = (
+    TextFigure("mean_words", "Words a response", 1),
+    TextFigure("rouge_l", "ROUGE-L with the human line", 3),
+    TextFigure("chrf", "chrF with the human line", 3),
+    TextFigure("distinct_words", "Distinct words, share of all", 3),
+    TextFigure("gold_score", "Gold points (synthetic)", 2),
+    TextFigure("truncated_share", "Cut off at the longest length, %", 1, 100.0),
+    TextFigure("empty_share", "Empty, %", 1, 100.0),
+)
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """What a stage cost and counted. `rows` is output to number of rows."""
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int
+    rows: Mapping[str, int] = field(default_factory=dict)
+    counters: Mapping[str, float] = field(default_factory=dict)
+    cached: bool = False
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A training curve: points of (optimiser step, value)."""
+
+    stage: str
+    metric: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """What algorithm 1 did to the candidates; means over prompts.
+
+    `histogram` counts candidates and accepted ones by how far, in units of beta, their reward is
+    below the best of their prompt.
+    """
+
+    beta: float
+    num_prompts: int
+    num_candidates: int
+    num_accepted: int
+    mean_rounds: float
+    mean_acceptance_probability: float
+    reward_spread: float
+    reward_gain: float
+    best_gain: float
+    edges: Sequence[float]
+    candidate_counts: Sequence[int]
+    accepted_counts: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Answers to one prompt side by side, with the verdict of each judge on policy against SFT."""
+
+    prompt_id: str
+    prompt: str
+    human: str | None
+    reference: str
+    policy: str
+    verdicts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything the report shows."""
+
+    title: str
+    config: Mapping[str, Any]
+    metrics: Sequence[Row]
+    examples: Sequence[Example] = ()
+    stages: Sequence[StageSummary] = ()
+    curves: Sequence[Curve] = ()
+    rejection: Rejection | None = None
+    quarantine: Mapping[str, int] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hardware: str = ""
+    labeller: str = ""
+
+
+def build(data: ReportData) -> str:
+    """Return the report as one HTML document."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=_percent, signed=_signed, duration=_duration, memory=_memory, count=_count
+    )
+    return environment.get_template("report.html").render(
+        data=data,
+        css=(Path(__file__).parent / "report.css").read_text(encoding="utf-8"),
+        conclusion=conclusion(data.metrics),
+        contests=win_rate_blocks(data.metrics),
+        axis=charts.forest_axis(),
+        text_rows=text_rows(data.metrics),
+        kl=find(data.metrics, "kl", opponent=REFERENCE),
+        agreements=_agreements(data.metrics),
+        system_names=SYSTEM_NAMES,
+        judge_names=JUDGE_NAMES,
+        judge_meanings=_judge_meanings(data),
+        histogram=_histogram(data.rejection),
+        curves=[(c, charts.line(c.points, c.metric)) for c in data.curves if len(c.points) > 1],
+        total_seconds=sum(stage.seconds for stage in data.stages),
+        longest=max((stage.seconds for stage in data.stages), default=0.0),
+        peak=max((stage.peak_memory_bytes for stage in data.stages), default=0),
+        settings=list(_flat(data.config)),
+    )
+
+
+def terminal_table(metrics: Sequence[Row], stages: Sequence[StageSummary] = ()) -> RenderableType:
+    """Return the win rates, the look of the answers and the stages' times for a rich console."""
+    parts: list[RenderableType] = [_win_rate_table(metrics), _text_table(metrics)]
+    if stages:
+        parts.append(_stage_table(stages))
+    return Group(*parts, Text(conclusion(metrics), style="bold"))
+
+
+def rejection_summary(accepted: pa.Table, *, beta: float) -> Rejection:
+    """Return the diagnostics of an `accepted` table; rewards and gains in nats.
+
+    `reward_gain` is the mean reward of the accepted above that of all candidates, `best_gain` the
+    same for the best candidate, both within a prompt and then over prompts.
+    """
+    _, prompts = np.unique(_column(accepted, "prompt_id"), return_inverse=True)
+    rewards = _column(accepted, "reward").astype(np.float64)
+    is_accepted = _column(accepted, "is_accepted").astype(bool)
+    num_prompts = int(prompts.max()) + 1 if len(prompts) else 0
+    mean = _group_mean(prompts, rewards, num_prompts)
+    best = np.full(num_prompts, -np.inf)
+    np.maximum.at(best, prompts, rewards)
+    rounds = np.full(num_prompts, -1)
+    np.maximum.at(rounds, prompts, _column(accepted, "round"))
+    has_any = np.bincount(prompts[is_accepted], minlength=num_prompts) > 0
+    kept = _group_mean(prompts[is_accepted], rewards[is_accepted], num_prompts)
+    spread = np.sqrt(_group_mean(prompts, (rewards - mean[prompts]) ** 2, num_prompts))
+    unit = beta if 0 < beta < np.inf else 1.0
+    below = (best[prompts] - rewards) / unit
+    edges = np.linspace(0.0, float(np.quantile(below, 0.99)) or 1.0, HISTOGRAM_BINS + 1)
+    clipped = np.minimum(below, edges[-1])
+    return Rejection(
+        beta=beta,
+        num_prompts=num_prompts,
+        num_candidates=len(rewards),
+        num_accepted=int(is_accepted.sum()),
+        mean_rounds=float((rounds + 1).mean()),
+        mean_acceptance_probability=float(_column(accepted, "acceptance_probability").mean()),
+        reward_spread=float(spread.mean()),
+        reward_gain=float((kept - mean)[has_any].mean()),
+        best_gain=float((best - mean).mean()),
+        edges=edges.tolist(),
+        candidate_counts=np.histogram(clipped, edges)[0].tolist(),
+        accepted_counts=np.histogram(clipped[is_accepted], edges)[0].tolist(),
+    )
+
+
+def pick_examples(
+    generations: Sequence[Row],
+    judgements: Sequence[Row],
+    prompts: Sequence[Row],
+    *,
+    num_examples: int,
+    seed: int,
+) -> list[Example]:
+    """Return examples drawn by key from all prompts that were judged: nobody chose them."""
+    prompt_of = {row["prompt_id"]: row for row in prompts}
+    texts: dict[str, dict[str, str]] = {}
+    for row in generations:
+        if row["sampling"] == "greedy":
+            texts.setdefault(row["prompt_id"], {})[row["system"]] = row["response"]
+    complete = sorted(i for i, found in texts.items() if {POLICY, REFERENCE} <= found.keys())
+    drawn = [complete[i] for i in seeds.order(complete, "examples", seed)[:num_examples]]
+    verdicts: dict[str, dict[str, str]] = {prompt_id: {} for prompt_id in drawn}
+    for row in judgements:
+        is_main = (row["system"], row["opponent"]) == (POLICY, REFERENCE)
+        if is_main and row["prompt_id"] in verdicts:
+            verdicts[row["prompt_id"]][row["judge"]] = row["verdict"]
+    return [
+        Example(
+            prompt_id=prompt_id,
+            prompt=prompt_of[prompt_id]["prompt"],
+            human=prompt_of[prompt_id]["target"],
+            reference=texts[prompt_id][REFERENCE],
+            policy=texts[prompt_id][POLICY],
+            verdicts={j: verdicts[prompt_id][j] for j in JUDGES if j in verdicts[prompt_id]},
+        )
+        for prompt_id in drawn
+    ]
+
+
+def win_rate_blocks(metrics: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return a block a contest: its name and, a judge a row, figure, ties and forest plot."""
+    blocks = []
+    for system, opponent in CONTESTS:
+        rows = []
+        for judge in JUDGES:
+            place = {"system": system, "opponent": opponent, "judge": judge}
+            rate = find(metrics, "win_rate", **place)
+            if rate is not None:
+                rows.append(
+                    {
+                        "judge": JUDGE_NAMES[judge],
+                        "is_synthetic": judge == "gold",
+                        "is_control": judge == "length",
+                        "rate": rate,
+                        "ties": find(metrics, "tie_share", **place),
+                        "forest": charts.forest(rate["value"], rate["low"], rate["high"]),
+                    }
+                )
+        if rows:
+            name = f"{SYSTEM_NAMES[system]} against {_opponent_name(opponent)}"
+            blocks.append({"name": name, "rows": rows})
+    return blocks
+
+
+def text_rows(metrics: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the table of answers: a row a figure, a cell a system, and policy minus SFT."""
+    rows = []
+    for figure in TEXT_FIGURES:
+        found = {s: find(metrics, figure.metric, system=s) for s in SYSTEM_NAMES}
+        if any(found.values()):
+            difference = find(metrics, f"{figure.metric}_difference", opponent=REFERENCE)
+            rows.append(
+                {
+                    "name": figure.name,
+                    "cells": [_cell(found[s], figure) for s in (POLICY, REFERENCE, HUMAN)],
+                    "difference": _difference_cell(difference, figure),
+                    "is_clear": difference is not None
+                    and (difference["low"] > 0 or difference["high"] < 0),
+                }
+            )
+    return rows
+
+
+def _judge_meanings(data: ReportData) -> dict[str, str]:
+    used = {row["judge"] for row in data.metrics}
+    meanings = {judge: JUDGE_MEANINGS[judge] for judge in JUDGES if judge in used}
+    if data.labeller and "gold" in meanings:
+        meanings["gold"] += f" (labeller {data.labeller})"
+    return meanings
+
+
+def _agreements(metrics: Sequence[Row]) -> list[dict[str, Any]]:
+    rows = []
+    for judge in JUDGES:
+        row = find(metrics, "agreement_with_gold", opponent=REFERENCE, judge=judge)
+        if row is not None:
+            forest = charts.forest(row["value"], row["low"], row["high"])
+            rows.append({"judge": JUDGE_NAMES[judge], "row": row, "forest": forest})
+    return rows
+
+
+def _histogram(rejection: Rejection | None) -> str:
+    if rejection is None or not rejection.num_candidates:
+        return ""
+    return charts.histogram(rejection.edges, rejection.candidate_counts, rejection.accepted_counts)
+
+
+def _win_rate_table(metrics: Sequence[Row]) -> Table:
+    table = Table(title="Win rates, ties one half", title_justify="left")
+    table.add_column("contest")
+    table.add_column("judge")
+    for heading in ("win rate", "95 % interval", "ties", "prompts"):
+        table.add_column(heading, justify="right")
+    for block in win_rate_blocks(metrics):
+        for index, row in enumerate(block["rows"]):
+            rate, ties = row["rate"], row["ties"]
+            table.add_row(
+                block["name"] if index == 0 else "",
+                Text(row["judge"]),
+                f"{_percent(rate['value'])} %",
+                f"{_percent(rate['low'])} – {_percent(rate['high'])}",
+                f"{_percent(ties['value'])} %" if ties else "",
+                str(rate["num_prompts"]),
+                end_section=index == len(block["rows"]) - 1,
+            )
+    return table
+
+
+def _text_table(metrics: Sequence[Row]) -> Table:
+    table = Table(title="Answers", title_justify="left")
+    table.add_column("")
+    for heading in ("policy", "SFT", "human", "policy - SFT [95 %]"):
+        table.add_column(Text(heading), justify="right")
+    for row in text_rows(metrics):
+        table.add_row(row["name"], *map(Text, (*row["cells"], row["difference"])))
+    kl = find(metrics, "kl", opponent=REFERENCE)
+    if kl is not None:
+        interval = f"[{kl['low']:.2f}, {kl['high']:.2f}]"
+        table.add_row("KL from SFT, nats a response", f"{kl['value']:.2f}", "", "", Text(interval))
+    return table
+
+
+def _stage_table(stages: Sequence[StageSummary]) -> Table:
+    table = Table(title="Stages", title_justify="left")
+    table.add_column("stage")
+    for heading in ("time", "peak memory", "rows"):
+        table.add_column(heading, justify="right")
+    for stage in stages:
+        rows = ", ".join(f"{_count(n)} {name}" for name, n in stage.rows.items())
+        time = _duration(stage.seconds) + (" (cached)" if stage.cached else "")
+        table.add_row(stage.name, time, _memory(stage.peak_memory_bytes), rows)
+    table.add_section()
+    peak = max(stage.peak_memory_bytes for stage in stages)
+    table.add_row("all", _duration(sum(s.seconds for s in stages)), _memory(peak), "")
+    return table
+
+
+def _cell(row: Row | None, figure: TextFigure) -> str:
+    return "–" if row is None else f"{figure.scale * row['value']:.{figure.digits}f}"
+
+
+def _difference_cell(row: Row | None, figure: TextFigure) -> str:
+    if row is None:
+        return ""
+    value, low, high = (
+        f"{figure.scale * row[k]:+.{figure.digits}f}".replace("-", "−")
+        for k in ("value", "low", "high")
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def _opponent_name(opponent: str) -> str:
+    return "the human line" if opponent == HUMAN else SYSTEM_NAMES[opponent]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return the settings as (dotted key, JSON value), with sections in their order."""
+    rows: list[tuple[str, str]] = []
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            rows += _flat(value, f"{name}.")
+        else:
+            rows.append((name, json.dumps(value, ensure_ascii=False, default=str)))
+    return rows
+
+
+def _column(table: pa.Table, name: str) -> npt.NDArray[Any]:
+    return np.asarray(table.column(name).to_numpy(zero_copy_only=False))
+
+
+def _group_mean(
+    groups: npt.NDArray[Any], values: npt.NDArray[Any], num_groups: int
+) -> npt.NDArray[np.float64]:
+    counts = np.bincount(groups, minlength=num_groups)
+    sums = np.bincount(groups, weights=values, minlength=num_groups)
+    return np.asarray(sums / np.maximum(counts, 1), dtype=np.float64)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _memory(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"

@@ -1,0 +1,222 @@
+"""The report: self-contained, escaped, and complete with much and with little data."""
+
+import io
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from rich.console import Console
+
+import schemas
+from rso import evaluation, report
+from rso.labelling import labeller
+from rso.rejection import select
+from rso.report import Curve, ReportData, StageSummary, build, pick_examples, rejection_summary
+
+Rows = list[dict[str, Any]]
+NASTY = '<script>alert("x")</script> & <b>bold</b>'
+VOID = {"meta", "br", "hr", "img", "link", "input", "line", "circle", "rect", "polyline"}
+
+
+class Balance(HTMLParser):
+    """Raises where tags do not close in order; keeps what would be loaded from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [str(v) for k, v in attrs if k in ("src", "href")]
+        assert tag not in ("script", "link", "img", "b.bold")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def rows_of_a_run(num_prompts: int = 60) -> tuple[Rows, Rows, Rows]:
+    prompts: Rows = []
+    generations: Rows = []
+    for i in range(num_prompts):
+        prompt_id = f"{i:016x}"
+        text = f"The reader number {i} reads the lines of a file and keeps them. {NASTY}"
+        target = f"Read the lines of file {i}." if i % 5 else None
+        prompts.append({"prompt_id": prompt_id, "prompt": text, "target": target})
+        answers = {
+            "reference": f"Return the reader of {i}.",
+            "policy": f"Keep the lines that reader {i} reads." if i % 3 else "Return a value.",
+        }
+        for system, response in answers.items():
+            for sampling in ("greedy", "ancestral"):
+                generations.append(
+                    {
+                        "prompt_id": prompt_id,
+                        "response_id": f"{system}-{sampling}-{i}",
+                        "system": system,
+                        "sample_index": 0,
+                        "sampling": sampling,
+                        "response": response,
+                        "finish_reason": "stop" if i % 7 else "length",
+                        "policy_logps": -10.0 - i % 4,
+                        "reference_logps": -11.0 - i % 5,
+                    }
+                )
+    gold = labeller("summary_quality")
+    played = evaluation.matches(generations, prompts)
+    judgements = evaluation.judge_by_gold(gold, played) + evaluation.judge_by_length(played)
+    generator = np.random.default_rng(0)
+    for judge in ("ranker", "gold_ranker"):
+        logits = generator.normal(0.5, 1.0, len(played))
+        judgements += evaluation.judge_by_logits(judge, played, logits)
+    return prompts, generations, judgements
+
+
+def accepted_table(num_prompts: int = 30, beta: float = 0.5) -> pa.Table:
+    generator = np.random.default_rng(1)
+    rows: Rows = []
+    for i in range(num_prompts):
+        prompt_id = f"{i:016x}"
+        ids = [f"{i}-{j}" for j in range(16)]
+        rewards = generator.normal(0, 1, 16).astype(np.float32)
+        chosen = select(
+            ids,
+            ids,
+            rewards,
+            prompt_id=prompt_id,
+            beta=beta,
+            num_samples=4,
+            seed=0,
+            duplicates="keep",
+        )
+        for j in range(16):
+            rows.append(
+                {
+                    "prompt_id": prompt_id,
+                    "response_id": ids[j],
+                    "reward": float(rewards[j]),
+                    "is_accepted": bool(chosen.is_accepted[j]),
+                    "round": int(chosen.round[j]),
+                    "position": int(chosen.position[j]),
+                    "acceptance_probability": float(chosen.acceptance_probability[j]),
+                }
+            )
+    return pa.Table.from_pylist(rows, schema=schemas.SCHEMAS["accepted"])
+
+
+def full_data(num_prompts: int = 60) -> ReportData:
+    prompts, generations, judgements = rows_of_a_run(num_prompts)
+    gold = labeller("summary_quality")
+    metrics = evaluation.metrics(generations, judgements, prompts, seed=0, labeller=gold)
+    return ReportData(
+        title=f"Docstrings {NASTY}",
+        config={"seed": 0, "reject": {"beta": 0.5}, "model": NASTY, "store": None},
+        metrics=metrics,
+        examples=pick_examples(generations, judgements, prompts, num_examples=10, seed=0),
+        stages=[
+            StageSummary("prepare", 3.2, 300 * 2**20, {"prompts": 2061}, {"rows_read": 2061}),
+            StageSummary("decode", 312.0, 3 * 2**30, {"candidates": 9600}, {}, fingerprint="ab12"),
+            StageSummary("train_policy", 4000.0, 5 * 2**30, {}, {"pairs": 400}, cached=True),
+        ],
+        curves=[
+            Curve("train_sft", "loss", [(i, 3.0 / (i + 1)) for i in range(30)]),
+            Curve("train_policy", "margin, nats", [(i, i**0.5) for i in range(12)]),
+        ],
+        rejection=rejection_summary(accepted_table(), beta=0.5),
+        quarantine={f"prompt is missing {NASTY}": 3},
+        versions={"torch": "2.13.0"},
+        hardware="2 cores",
+        labeller="summary_quality",
+    )
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return build(full_data())
+
+
+def test_build_is_well_formed_and_loads_nothing(page: str) -> None:
+    balance = Balance()
+    balance.feed(page)
+    assert balance.open == []
+    assert balance.references == []
+    assert not re.search(r"url\(|@import|https?://", page)
+
+
+def test_build_escapes_every_text(page: str) -> None:
+    assert "<script" not in page and "<b>bold" not in page
+    assert page.count("&lt;script&gt;") >= 13
+
+
+def test_build_says_synthetic_and_shows_every_part(page: str) -> None:
+    for said in (
+        "Known gold (synthetic)",
+        "Gold points (synthetic)",
+        "Length alone",
+        "labeller summary_quality",
+        "KL from SFT",
+        "Rejection sampling",
+        "10 prompts side by side",
+        "Refused rows",
+        "reject.beta",
+        "2.13.0",
+        "1 h 06 min",
+    ):
+        assert said in page
+    assert page.count("<article>") == 10
+
+
+def test_build_is_the_same_twice_and_works_without_data() -> None:
+    empty = ReportData(title="t", config={}, metrics=[])
+    assert build(empty) == build(empty)
+    assert "Nothing was judged" in build(empty)
+
+
+def test_terminal_table_holds_the_figures_of_the_page() -> None:
+    data = full_data()
+    console = Console(file=io.StringIO(), width=120, record=True)
+    console.print(report.terminal_table(data.metrics, data.stages))
+    text = console.export_text()
+    row = evaluation.find(data.metrics, "win_rate", opponent="reference", judge="gold")
+    assert row is not None
+    assert f"{100 * row['value']:.1f} %" in text
+    assert "Known gold (synthetic)" in text and "train_policy" in text and "ROUGE-L" in text
+
+
+def test_rejection_summary_by_hand() -> None:
+    rows = [
+        {"reward": 0.0, "is_accepted": False, "round": -1},
+        {"reward": 2.0, "is_accepted": True, "round": 1},
+    ]
+    fixed = {"prompt_id": "p", "position": 0, "acceptance_probability": 0.5}
+    table = pa.Table.from_pylist(
+        [row | fixed | {"response_id": str(i)} for i, row in enumerate(rows)],
+        schema=schemas.SCHEMAS["accepted"],
+    )
+    found = rejection_summary(table, beta=0.5)
+    assert (found.num_prompts, found.num_candidates, found.num_accepted) == (1, 2, 1)
+    assert (found.mean_rounds, found.reward_gain, found.reward_spread) == (2.0, 1.0, 1.0)
+    assert (sum(found.candidate_counts), sum(found.accepted_counts)) == (2, 1)
+    assert found.accepted_counts[0] == 1
+
+
+@pytest.mark.parametrize("beta", [0.0, float("inf")])
+def test_rejection_summary_extreme_beta_is_finite(beta: float) -> None:
+    found = rejection_summary(accepted_table(3, beta), beta=beta)
+    assert all(np.isfinite(found.edges))
+    assert found.num_accepted == 12
+
+
+def test_pick_examples_is_keyed_and_order_free() -> None:
+    prompts, generations, judgements = rows_of_a_run()
+    some = pick_examples(generations, judgements, prompts, num_examples=10, seed=1)
+    assert some == pick_examples(
+        generations[::-1], judgements[::-1], prompts[::-1], num_examples=10, seed=1
+    )
+    assert some != pick_examples(generations, judgements, prompts, num_examples=10, seed=2)
+    assert all(set(e.verdicts) == {"ranker", "gold_ranker", "gold", "length"} for e in some)
