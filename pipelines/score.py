@@ -1,0 +1,84 @@
+"""Candidates to rewards: each against its prompt's baseline (eq. 7)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.shards import Shard
+from pipelines.tables import by_prompt
+from rso import config
+from rso.progress import progress
+from rso.ranking import Candidates, Ranker, load_ranker
+from schemas import SCHEMAS
+
+
+@dataclass(frozen=True)
+class RankerSource:
+    """How to load a ranker; picklable, so that workers can."""
+
+    model: str
+    compute: config.Compute
+    templates: config.Templates
+
+    def load(self) -> Ranker:
+        """Return the ranker, loaded."""
+        return load_ranker(
+            self.model,
+            self.templates,
+            dtype=self.compute.dtype,
+            token_budget=self.compute.token_budget,
+        )
+
+
+@dataclass(frozen=True)
+class ScoreShard:
+    """Candidates to `rewards`: baseline in slot A, candidate in slot B, logit_B - logit_A."""
+
+    ranker: RankerSource
+
+    def setup(self) -> Ranker:
+        """Load the ranker."""
+        return self.ranker.load()
+
+    def __call__(self, ranker: Ranker, tables: Mapping[str, pa.Table]) -> Shard:
+        """Return the rewards of the shard's candidates; every prompt has exactly one baseline."""
+        candidates = tables["candidates"]
+        prompts = dict(
+            zip(
+                tables["prompts"]["prompt_id"].to_pylist(),
+                tables["prompts"]["prompt"].to_pylist(),
+                strict=True,
+            )
+        )
+        scored, baseline_ids = [], []
+        for prompt_id, group in by_prompt(candidates):
+            responses = group["response"].to_pylist()
+            (baseline,) = np.flatnonzero(group["is_baseline"].to_numpy(zero_copy_only=False))
+            baseline_ids += [group["response_id"][int(baseline)].as_py()] * len(group)
+            scored.append(Candidates(prompts[prompt_id], responses[int(baseline)], responses))
+        with progress("score", total=len(candidates), unit="responses") as bar:
+            rewards = ranker.rewards_many(scored, progress=bar)
+        flat = np.concatenate([*rewards, np.empty(0, np.float32)]).astype(np.float32)
+        table = pa.Table.from_arrays(
+            [
+                candidates["prompt_id"],
+                candidates["response_id"],
+                pa.array(flat),
+                pa.array(baseline_ids, pa.string()),
+                pa.nulls(len(flat), SCHEMAS["rewards"].field("objectives").type),
+            ],
+            schema=SCHEMAS["rewards"],
+        )
+        distinct = sum(len(set(one.responses)) for one in scored)
+        return Shard(
+            {"rewards": table},
+            {
+                "prompts": len(scored),
+                "responses": len(candidates),
+                "scored_once_for_copies": len(candidates) - distinct,
+                "reward_sum": float(flat.astype(np.float64).sum()),
+                "reward_spread_sum": float(sum(np.std(r.astype(np.float64)) for r in rewards)),
+            },
+        )

@@ -1,0 +1,195 @@
+"""Map shard files to shard files: the shape of every data-parallel stage.
+
+A shard is the element: shards of all artifacts line up by the keyed hash of prompt_id, so no
+GroupByKey is needed and no result can depend on bundling. A finished shard is kept: its counters
+file is written after its Parquet files, and a shard that has one is not done again.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.metrics import Metrics
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.utils.shared import Shared
+
+from rso.config import Beam
+from rso.errors import UserError
+from rso.parquet import read_shard, write_shard
+
+Counters = dict[str, float]
+
+
+class Dataset(NamedTuple):
+    """Where the shards of a dataset lie and which schema they have."""
+
+    directory: str
+    schema: str
+
+
+class Shard(NamedTuple):
+    """What one shard gives: a table an output, and what was counted."""
+
+    tables: Mapping[str, pa.Table]
+    counters: Counters
+
+
+class ShardFunction(Protocol):
+    """Work on one shard. `setup` loads what is heavy, once a worker process."""
+
+    def setup(self) -> Any:
+        """Return the loaded engine, or None."""
+
+    def __call__(self, engine: Any, tables: Mapping[str, pa.Table], /) -> Shard:
+        """Return the outputs for the tables of one shard, a table an input."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Inputs and outputs of a shard map. `counters` is the directory of the counters files."""
+
+    label: str
+    inputs: Mapping[str, Dataset]
+    outputs: Mapping[str, Dataset]
+    counters: str
+    num_shards: int
+
+
+class MapShards(beam.PTransform):  # type: ignore[misc]
+    """Apply a `ShardFunction` to each shard index; emits the index of each shard once done."""
+
+    def __init__(self, function: ShardFunction, plan: Plan) -> None:
+        super().__init__()
+        self._function, self._plan = function, plan
+
+    def expand(self, indices: Any) -> Any:
+        """Spread the shards over the workers and map them."""
+        return (
+            indices
+            | f"spread {self._plan.label}" >> beam.Reshuffle()
+            | f"map {self._plan.label}" >> beam.ParDo(_MapShard(self._function, self._plan))
+        )
+
+
+class _MapShard(beam.DoFn):  # type: ignore[misc]
+    def __init__(self, function: ShardFunction, plan: Plan) -> None:
+        self._function, self._plan = function, plan
+        self._shared = Shared()
+
+    def setup(self) -> None:
+        self._engine: Any = None
+
+    def process(self, index: int) -> Iterator[int]:
+        if os.path.exists(_counters_file(self._plan, index)):
+            yield index
+            return
+        try:
+            shard = self._map(index)
+        except UserError as error:
+            _write_json(_failure_file(self._plan, index), str(error))
+            raise
+        finish_shard(self._plan, index, shard)
+        yield index
+
+    def _map(self, index: int) -> Shard:
+        if self._engine is None:
+            # At the first shard that needs it: a run whose shards are all done loads nothing.
+            self._engine = self._shared.acquire(lambda: _Engine(self._function.setup()))
+        tables = {
+            name: read_shard(dataset.directory, dataset.schema, index, self._plan.num_shards)
+            for name, dataset in self._plan.inputs.items()
+        }
+        return self._function(self._engine.value, tables)
+
+
+class _Engine:
+    """`Shared` keeps weak references, which None and some engines do not allow."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def map_shards(function: ShardFunction, plan: Plan, settings: Beam) -> Counters:
+    """Run `MapShards` over all shards of `plan` and return the sums of the shards' counters.
+
+    Sums are taken in the order of the shards, so they do not depend on bundling.
+
+    Raises:
+        UserError: as raised by the function for the first shard at fault.
+    """
+    return run_and_sum(
+        lambda root: root | beam.Create(range(plan.num_shards)) | MapShards(function, plan),
+        plan,
+        settings,
+    )
+
+
+def run_and_sum(build: Callable[[Any], Any], plan: Plan, settings: Beam) -> Counters:
+    """Run the pipeline that `build` makes of a root and return the sums of its shards' counters.
+
+    Nothing is started when every shard is done. A shard's `UserError` comes out as itself.
+    """
+    os.makedirs(plan.counters, exist_ok=True)
+    indices = range(plan.num_shards)
+    for index in indices:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(_failure_file(plan, index))
+    if not all(os.path.exists(_counters_file(plan, index)) for index in indices):
+        options = PipelineOptions.from_dictionary(dict(settings.options))
+        pipeline = beam.Pipeline(runner=settings.runner, options=options)
+        build(pipeline)
+        try:
+            pipeline.run().wait_until_finish()
+        except Exception:
+            for index in indices:
+                if os.path.exists(_failure_file(plan, index)):
+                    raise UserError(_read_json(_failure_file(plan, index))) from None
+            raise
+    return sum_counters([_read_json(_counters_file(plan, index)) for index in indices])
+
+
+def finish_shard(plan: Plan, index: int, shard: Shard) -> None:
+    """Write the tables of a shard and then its counters, which say that the shard is done."""
+    for name, dataset in plan.outputs.items():
+        write_shard(dataset.directory, dataset.schema, index, plan.num_shards, shard.tables[name])
+    _write_json(_counters_file(plan, index), shard.counters)
+    for name, count in shard.counters.items():
+        if isinstance(count, int):
+            Metrics.counter(plan.label, name).inc(count)
+
+
+def sum_counters(shards: Sequence[Counters]) -> Counters:
+    """Return the sums of the counters of all shards; names starting with `max_` are maxima."""
+    total: Counters = {}
+    for counters in shards:
+        for name, count in counters.items():
+            if name.startswith("max_"):
+                total[name] = max(total.get(name, count), count)
+            else:
+                total[name] = total.get(name, 0) + count
+    return total
+
+
+def _counters_file(plan: Plan, index: int) -> str:
+    return os.path.join(plan.counters, f"{plan.label}-{index:05d}-of-{plan.num_shards:05d}.json")
+
+
+def _failure_file(plan: Plan, index: int) -> str:
+    return os.path.join(plan.counters, f"{plan.label}-{index:05d}.failure.json")
+
+
+def _write_json(path: str, value: Any) -> None:
+    temporary = f"{path}.tmp-{os.getpid()}"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file)
+    os.replace(temporary, path)
+
+
+def _read_json(path: str) -> Any:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)

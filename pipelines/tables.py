@@ -1,0 +1,30 @@
+"""Small moves between Arrow tables and the rows of one shard."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas import SCHEMAS
+
+
+def table_of(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return the rows as a table of the schema `name`."""
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMAS[name])
+
+
+def select_ids(table: pa.Table, ids: Sequence[str]) -> pa.Table:
+    """Return the rows whose prompt_id is among `ids`, in the order of the table."""
+    return table.filter(pc.is_in(table["prompt_id"], value_set=pa.array(list(ids), pa.string())))
+
+
+def by_prompt(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    """Yield each prompt_id with its rows; shards are sorted by prompt_id, so runs are groups."""
+    ids = table["prompt_id"].to_numpy(zero_copy_only=False)
+    if not len(ids):
+        return
+    starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]])
+    for start, end in zip(starts, np.r_[starts[1:], len(ids)], strict=True):
+        yield str(ids[start]), table.slice(start, end - start)

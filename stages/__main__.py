@@ -1,0 +1,37 @@
+"""`python -m stages NAME --config FILE`: one stage in this process, as the flow starts it."""
+
+import argparse
+import sys
+import traceback
+
+from stages.process import die_with_parent
+
+
+def main() -> int:
+    """Run the stage; 2 is the user's mistake, 1 ours."""
+    die_with_parent()
+    parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
+    parser.add_argument("stage", help="name of the stage, see `rso plan`")
+    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+
+    from rso.artifact import Store
+    from rso.config import load_config, resolve
+    from rso.errors import UserError
+    from stages.runner import Graph, run_stage
+
+    try:
+        config = resolve(load_config(arguments.config, arguments.set))
+        run_stage(Graph(config, Store(config.store)), arguments.stage)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Prompts to synthetic comparisons, where no human comparisons exist."""
+
+from pipelines.compare import CompareShard
+from pipelines.decode import Decoding
+from rso.decoding import Sampling
+from rso.errors import UserError
+from stages.context import Context, Outcome
+
+
+def run(context: Context) -> Outcome:
+    """Decode pairs for training and validation prompts and label them by the known gold."""
+    settings = context.config.comparisons
+    assert settings.labeller is not None, "the graph has compare only with a labeller"
+    prompt_ids = [
+        *context.choose_prompts("train", settings.num_prompts),
+        *context.choose_prompts("validation", settings.num_validation_prompts),
+    ]
+    decoding = Decoding(
+        label="compare",
+        model=context.directory("reference"),
+        engine=settings.engine,
+        compute=context.config.compute,
+        templates=context.config.templates,
+        sampling=Sampling(**settings.sampling.model_dump(), num_samples=settings.num_samples),
+        seed=context.config.seed + 1_000_003,
+    )
+    counters = context.map(
+        "compare",
+        CompareShard(decoding, prompt_ids, settings.labeller, settings.pairs_per_prompt),
+        inputs=["prompts"],
+        outputs=["comparisons"],
+    )
+    if not counters["comparisons"]:
+        raise UserError(
+            f"compare: the labeller {settings.labeller!r} preferred none of "
+            f"{counters['responses']:.0f} responses to another; raise comparisons.num_samples or "
+            "the temperature, or choose another labeller."
+        )
+    return Outcome(counters)

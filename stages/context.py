@@ -1,0 +1,106 @@
+"""What a stage is given and what it gives back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from pipelines.shards import Counters, Dataset, Plan, ShardFunction, map_shards
+from rso import seeds
+from rso.artifact import Artifact, Work
+from rso.config import Beam, Config
+from rso.errors import UserError
+from rso.parquet import num_shards, read_shard
+
+Curve = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A dataset or model that a stage reads; `artifact` is None for a folder given by hand."""
+
+    output: str
+    directory: str
+    artifact: Artifact | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage counted, and the curves it leaves for the report (figures step by step)."""
+
+    counters: Mapping[str, float]
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """One stage's settings (only the sections it declares), inputs, and place to work."""
+
+    stage: str
+    config: Config
+    inputs: Mapping[str, Input]
+    work: Work
+    beam: Beam
+
+    def directory(self, name: str) -> str:
+        """Return the folder of an input, e.g. a model directory."""
+        return self.inputs[name].directory
+
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return a whole dataset input, shard after shard; only for what fits in memory."""
+        source = self.inputs[name]
+        total = num_shards(source.directory)
+        tables = [read_shard(source.directory, source.output, i, total) for i in range(total)]
+        return pa.concat_tables([t.select(list(columns)) if columns else t for t in tables])
+
+    def map(
+        self,
+        label: str,
+        function: ShardFunction,
+        *,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        work_inputs: Sequence[str] = (),
+        scratch_inputs: Mapping[str, str] | None = None,
+        scratch_output: str | None = None,
+    ) -> Counters:
+        """Map shard files to shard files by a Beam pipeline and return the summed counters.
+
+        A stage of several passes reads its own `work_inputs` (outputs of an earlier pass) and
+        `scratch_inputs` (name to schema); `scratch_output` is the name under which the one output
+        of this pass is kept for a later one.
+        """
+        sources = {n: Dataset(self.inputs[n].directory, self.inputs[n].output) for n in inputs}
+        total = num_shards(next(iter(sources.values())).directory)
+        sources |= {name: Dataset(self.work.output(name), name) for name in work_inputs}
+        sources |= {
+            name: Dataset(f"{self.work.scratch}/{name}", schema)
+            for name, schema in (scratch_inputs or {}).items()
+        }
+        targets = {name: Dataset(self.work.output(name), name) for name in outputs}
+        if scratch_output is not None:
+            (schema,) = outputs
+            targets = {schema: Dataset(f"{self.work.scratch}/{scratch_output}", schema)}
+        plan = Plan(label, sources, targets, f"{self.work.scratch}/counters", total)
+        return map_shards(function, plan, self.beam)
+
+    def choose_prompts(self, split: str, count: int | None) -> list[str]:
+        """Return the ids of `count` prompts of a split, the same ones for the same seed.
+
+        A larger count gives a superset. Raises `UserError` when the split is empty.
+        """
+        prompts = self.table("prompts", ["prompt_id", "split"])
+        ids = [
+            prompt_id
+            for prompt_id, where in zip(
+                prompts["prompt_id"].to_pylist(), prompts["split"].to_pylist(), strict=True
+            )
+            if where == split
+        ]
+        if not ids:
+            raise UserError(
+                f"{self.stage}: the {split} split holds no prompts, expected at least one; "
+                "raise the share in prepare.split or give more data."
+            )
+        order = seeds.order(ids, "choose", self.config.seed, split)
+        return sorted(ids[int(i)] for i in order[:count])

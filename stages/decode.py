@@ -1,0 +1,37 @@
+"""Prompts to candidates: many responses a prompt from the reference policy."""
+
+from pipelines.decode import DecodeShard, Decoding, longest_prompt
+from rso.decoding import Sampling
+from rso.models import load_tokenizer
+from stages.context import Context, Outcome
+
+
+def run(context: Context) -> Outcome:
+    """Decode the chosen training prompts; n samples of a prompt come from one prefill."""
+    settings = context.config.decode
+    prompt_ids = context.choose_prompts("train", settings.num_prompts)
+    decoding = Decoding(
+        label="decode",
+        model=context.directory("reference"),
+        engine=settings.engine,
+        compute=context.config.compute,
+        templates=context.config.templates,
+        sampling=Sampling(
+            **settings.sampling.model_dump(), num_samples=settings.num_samples, logprobs=True
+        ),
+        seed=context.config.seed,
+        max_prompt_tokens=_longest(context, prompt_ids),
+    )
+    counters = context.map(
+        "decode", DecodeShard(decoding, prompt_ids), inputs=["prompts"], outputs=["candidates"]
+    )
+    assert counters["responses"] == len(prompt_ids) * settings.num_samples
+    return Outcome(counters)
+
+
+def _longest(context: Context, prompt_ids: list[str]) -> int:
+    chosen = set(prompt_ids)
+    prompts = context.table("prompts", ["prompt_id", "prompt"])
+    texts = [row["prompt"] for row in prompts.to_pylist() if row["prompt_id"] in chosen]
+    tokenizer = load_tokenizer(context.directory("reference"))
+    return longest_prompt(tokenizer, context.config.templates, texts)

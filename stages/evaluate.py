@@ -1,0 +1,98 @@
+"""Held-out prompts to generations, judgements and metrics."""
+
+from dataclasses import replace
+
+from pipelines.decode import Decoding
+from pipelines.evaluate import ANCESTRAL, GREEDY, GenerateShard, JudgeShard, MergeShard
+from pipelines.logps import PolicySource
+from pipelines.score import RankerSource
+from pipelines.shards import Counters
+from pipelines.tables import select_ids, table_of
+from rso.decoding import Sampling
+from rso.evaluation import metrics
+from rso.labelling import labeller
+from rso.parquet import num_shards, read_shard, write_shard
+from stages.context import Context, Outcome
+
+SYSTEMS = ("policy", "reference")
+
+
+def run(context: Context) -> Outcome:
+    """Decode both systems, judge every pair of answers by every judge, and sum up."""
+    config = context.config
+    settings = config.evaluate
+    prompt_ids = context.choose_prompts(settings.split, settings.num_prompts)
+    counters: Counters = {}
+    for system in SYSTEMS:
+        counters |= context.map(
+            f"generate {system}",
+            GenerateShard(_decodings(context, system), system, prompt_ids),
+            inputs=["prompts"],
+            outputs=["generations"],
+            scratch_output=system,
+        )
+    policies = [
+        PolicySource(context.directory(system), config.compute, config.templates)
+        for system in SYSTEMS
+    ]
+    counters |= context.map(
+        "log-probabilities",
+        MergeShard(*policies),
+        inputs=["prompts"],
+        scratch_inputs={system: "generations" for system in SYSTEMS},
+        outputs=["generations"],
+    )
+    rankers = {
+        name: RankerSource(context.directory(name), config.compute, config.templates)
+        for name in ("ranker", "gold_ranker")
+    }
+    counters |= context.map(
+        "judge",
+        JudgeShard(rankers, config.comparisons.labeller),
+        inputs=["prompts"],
+        work_inputs=["generations"],
+        outputs=["judgements"],
+    )
+    _write_metrics(context, prompt_ids)
+    return Outcome(counters)
+
+
+def _decodings(context: Context, system: str) -> dict[str, Decoding]:
+    settings = context.config.evaluate
+    greedy = Decoding(
+        label=f"{system} greedy",
+        model=context.directory(system),
+        engine=settings.engine,
+        compute=context.config.compute,
+        templates=context.config.templates,
+        sampling=Sampling(temperature=0.0, top_k=0, max_new_tokens=settings.max_new_tokens),
+        seed=context.config.seed,
+    )
+    if system == "reference" or not settings.num_kl_samples:
+        return {GREEDY: greedy}
+    # KL(policy || reference) needs samples of the policy alone, neither cooled nor truncated.
+    ancestral = replace(
+        greedy,
+        label=f"{system} samples",
+        sampling=replace(greedy.sampling, temperature=1.0, num_samples=settings.num_kl_samples),
+    )
+    return {GREEDY: greedy, ANCESTRAL: ancestral}
+
+
+def _write_metrics(context: Context, prompt_ids: list[str]) -> None:
+    def rows(name: str) -> list[dict[str, object]]:
+        directory = context.work.output(name)
+        total = num_shards(directory)
+        return [
+            row for i in range(total) for row in read_shard(directory, name, i, total).to_pylist()
+        ]
+
+    gold = context.config.comparisons.labeller
+    figures = metrics(
+        rows("generations"),
+        rows("judgements"),
+        select_ids(context.table("prompts"), prompt_ids).to_pylist(),
+        seed=context.config.seed,
+        labeller=labeller(gold) if gold is not None else None,
+    )
+    write_shard(context.work.output("metrics"), "metrics", 0, 1, table_of("metrics", figures))

@@ -1,0 +1,45 @@
+"""A stage as a process of its own that dies with whoever started it."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+PR_SET_PDEATHSIG = 1
+
+
+def stage_command(stage: str, config: str, overrides: Sequence[str]) -> list[str]:
+    """Return the command line that runs one stage."""
+    settings = [part for override in overrides for part in ("--set", override)]
+    return [sys.executable, "-m", "stages", stage, "--config", config, *settings]
+
+
+def run_stage_process(stage: str, config: str, overrides: Sequence[str]) -> int:
+    """Run a stage in a new process group and return its exit code; an interrupt ends the group."""
+    process = subprocess.Popen(
+        stage_command(stage, config, overrides),
+        start_new_session=True,
+        env={**os.environ, "RSO_PARENT": str(os.getpid())},
+    )
+    try:
+        return process.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def die_with_parent() -> None:
+    """Make the kernel kill this process when its parent dies, however it dies (Linux).
+
+    A SIGKILLed parent runs no handlers, so the request is made to the kernel. The thread that
+    started this process must live as long as the parent; a parent gone already ends us at once.
+    """
+    parent = os.environ.get("RSO_PARENT")
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        os._exit(1)

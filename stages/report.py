@@ -1,0 +1,93 @@
+"""Everything that was made to one page to read."""
+
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from rso.artifact import Artifact
+from rso.report import Curve, ReportData, StageSummary, build, pick_examples, rejection_summary
+from stages.context import Context, Outcome
+
+# The figure of each training curve that the report draws.
+METRICS = {"loss": "loss", "win_rate": "win rate under the ranker", "accuracy": "accuracy"}
+
+
+def run(context: Context) -> Outcome:
+    """Write report.html; it stands alone, without network or other files."""
+    artifacts = _artifacts(context)
+    evaluation = artifacts["evaluate"].manifest
+    accepted = context.inputs.get("reject/accepted")
+    data = ReportData(
+        title=context.config.report.title,
+        config=evaluation.config,
+        metrics=context.table("evaluate/metrics").to_pylist(),
+        examples=pick_examples(
+            context.table("evaluate/generations").to_pylist(),
+            context.table("evaluate/judgements").to_pylist(),
+            context.table("prepare/prompts").to_pylist(),
+            num_examples=context.config.report.num_examples,
+            seed=0,
+        ),
+        stages=[summary(artifact) for artifact in artifacts.values()],
+        curves=list(_curves(artifacts)),
+        rejection=rejection_summary(
+            context.table("reject/accepted"),
+            beta=artifacts["reject"].manifest.config["reject"]["beta"],
+        )
+        if accepted is not None
+        else None,
+        quarantine=Counter(
+            row["reason"] for row in context.table("prepare/quarantine").to_pylist()
+        ),
+        versions=evaluation.versions,
+        hardware=hardware(),
+        labeller=evaluation.config["comparisons"]["labeller"] or "",
+    )
+    folder = Path(context.work.output("report"))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text(build(data), encoding="utf-8")
+    return Outcome({"examples": len(data.examples), "figures": len(data.metrics)})
+
+
+def summary(artifact: Artifact, *, is_cached: bool = False) -> StageSummary:
+    """Return what a stage cost and counted."""
+    manifest = artifact.manifest
+    return StageSummary(
+        artifact.stage,
+        manifest.timings["seconds"],
+        manifest.peak_memory_bytes or 0,
+        manifest.rows,
+        manifest.counters,
+        is_cached,
+        artifact.fingerprint,
+    )
+
+
+def hardware() -> str:
+    """Return the processor, the cores in use and the memory of this machine."""
+    import psutil
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = models[0] if models else platform.processor()
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{name}, {psutil.cpu_count()} cores, {memory:.0f} GiB of memory"
+
+
+def _artifacts(context: Context) -> dict[str, Artifact]:
+    found = {}
+    for name, source in context.inputs.items():
+        if source.artifact is not None:
+            found[name.split("/")[0]] = source.artifact
+    return found
+
+
+def _curves(artifacts: dict[str, Artifact]) -> Iterator[Curve]:
+    for artifact in artifacts.values():
+        for stage, points in artifact.manifest.curves.items():
+            for metric, name in METRICS.items():
+                drawn = [(p["step"], p[metric]) for p in points if metric in p]
+                if drawn:
+                    yield Curve(stage, name, drawn)

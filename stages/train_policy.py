@@ -1,0 +1,85 @@
+"""Pairs to the aligned policy; the checkpoint with the highest ranker win rate is kept."""
+
+from collections.abc import Callable
+from typing import Any
+
+from pipelines.score import RankerSource
+from pipelines.tables import select_ids
+from rso.decoding import Request, Sampling
+from rso.decoding.transformers_engine import TransformersDecoder
+from rso.errors import UserError
+from rso.evaluation import POINTS, verdict_from_logit
+from rso.models import load_tokenizer
+from rso.ranking import Comparison
+from rso.templates import encode_prompt
+from rso.training.policy import PolicyPair, train_policy
+from stages.context import Context, Outcome
+
+FIELDS = PolicyPair._fields
+
+
+def run(context: Context) -> Outcome:
+    """Train from the reference on all pairs, checked at step 0 against the reference log-probs."""
+    config = context.config
+    logps = context.table("logps")
+    result = train_policy(
+        context.directory("reference"),
+        [
+            PolicyPair(**{name: row[name] for name in FIELDS})
+            for row in context.table("pairs").to_pylist()
+        ],
+        {(row["prompt_id"], row["response_id"]): row["logps"] for row in logps.to_pylist()},
+        config.train_policy,
+        config.compute,
+        config.templates,
+        seed=config.seed,
+        work_directory=context.work.scratch,
+        output_directory=context.work.output("policy"),
+        evaluate=_win_rate(context),
+    )
+    counters = {
+        "steps": result.training.num_steps,
+        "tokens": result.training.num_tokens,
+        "selected_step": result.selected_step,
+        "validation_win_rate": max(e.win_rate for e in result.evaluations),
+    }
+    if result.step_zero_difference is not None:
+        counters["max_step_zero_nats_per_token"] = result.step_zero_difference
+    evaluations = [{"step": float(e.step), "win_rate": e.win_rate} for e in result.evaluations]
+    return Outcome(
+        counters,
+        {"train_policy": result.training.curve, "train_policy_evaluations": evaluations},
+    )
+
+
+def _win_rate(context: Context) -> Callable[[Any], float]:
+    """Return a function of a model: its win rate against the human line under the ranker."""
+    config = context.config
+    prompts = context.table("prompts")
+    chosen = context.choose_prompts("validation", None)
+    rows = [row for row in select_ids(prompts, chosen).to_pylist() if row["target"] is not None]
+    rows = rows[: config.train_policy.num_validation_prompts]
+    if not rows:
+        raise UserError(
+            "train_policy: no validation prompt has a target to compare answers with; give "
+            "demonstrations for validation prompts."
+        )
+    tokenizer = load_tokenizer(context.directory("reference"))
+    requests = [
+        Request(row["prompt_id"], encode_prompt(tokenizer, config.templates, row["prompt"]))
+        for row in rows
+    ]
+    greedy = Sampling(temperature=0.0, top_k=0, max_new_tokens=config.train_policy.max_new_tokens)
+    ranker = RankerSource(context.directory("ranker"), config.compute, config.templates).load()
+
+    def win_rate(model: Any) -> float:
+        decoded = TransformersDecoder(model, tokenizer).decode(requests, greedy, seed=config.seed)
+        logits = ranker.preference(
+            [
+                Comparison(row["prompt"], responses[0].text, row["target"])
+                for row, responses in zip(rows, decoded, strict=True)
+            ]
+        )
+        return sum(POINTS[verdict_from_logit(float(logit))] for logit in logits) / len(rows)
+
+    return win_rate

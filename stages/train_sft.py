@@ -1,0 +1,26 @@
+"""Demonstrations to the reference policy by supervised fine-tuning."""
+
+from rso.models import resolve
+from rso.training.sft import Demonstration, train_sft
+from stages.context import Context, Outcome
+
+
+def run(context: Context) -> Outcome:
+    """Fine-tune the base model on the training demonstrations, every reference of a prompt one."""
+    config = context.config
+    result = train_sft(
+        str(resolve(config.model).location),
+        [
+            Demonstration(row["prompt_id"], row["prompt"], row["target"])
+            for row in context.table("demonstrations").to_pylist()
+            if row["split"] == "train"
+        ],
+        config.train_sft,
+        config.compute,
+        config.templates,
+        seed=config.seed,
+        work_directory=context.work.scratch,
+        output_directory=context.work.output("reference"),
+    )
+    counters = {"steps": result.num_steps, "tokens": result.num_tokens}
+    return Outcome(counters, {"train_sft": result.curve})
