@@ -327,3 +327,10 @@ def test_select_records_the_probability_of_the_last_pass_in_play() -> None:
     assert _select(case, 0.0).acceptance_probability.tolist() == [1, 1, 0]
     declined = _select(case, 0.1)
     assert declined.acceptance_probability[2] == pytest.approx(np.exp(-10))
+
+
+@given(cases(), BETAS)
+def test_select_collapsing_copies_records_one_probability_per_text(case: Case, beta: float) -> None:
+    probabilities = _select(case, beta, "collapse").acceptance_probability
+    recorded = set(zip(case.texts, probabilities.tolist(), strict=True))
+    assert len(recorded) == len(set(case.texts))
