@@ -1,0 +1,342 @@
+"""Preference optimisation of the policy on labelled pairs (eq. 8, 9, 10)."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from rso import losses
+from rso.config import Compute, Templates, TrainPolicy
+from rso.errors import UserError
+from rso.models import save_model
+from rso.prefix import Row, branch_logps
+from rso.templates import encode_prompt
+from rso.training.base import (
+    PrefixTrainer,
+    Sums,
+    TrainingResult,
+    batch_of,
+    last_checkpoint,
+    load,
+    weights_dtype,
+)
+from rso.training.steps import Example, Steps, by_prompt, micro_batches, plan_steps
+
+WHAT = "train_policy"
+ReferenceLogps = Mapping[tuple[str, str], float]
+Evaluate = Callable[[PreTrainedModel], float]
+
+
+class PolicyPair(NamedTuple):
+    """Two responses to a prompt, the first preferred, with the tokens to be scored."""
+
+    prompt_id: str
+    prompt: str
+    chosen_id: str
+    rejected_id: str
+    chosen_token_ids: Sequence[int]
+    rejected_token_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Win rate of the policy after `step` optimiser steps."""
+
+    step: int
+    win_rate: float
+
+
+@dataclass(frozen=True)
+class PolicyResult:
+    """How the training went and which checkpoint was kept.
+
+    `step_zero_difference` is the largest |policy - reference| log-prob, nats a token, before
+    training; None where the check was not made (by the caller's wish or after an interruption).
+    """
+
+    training: TrainingResult
+    evaluations: list[Evaluation]
+    selected_step: int
+    step_zero_difference: float | None
+
+
+@dataclass(frozen=True)
+class PolicyExample(Example):
+    """Pairs of one prompt: branch numbers (chosen, rejected) of its row.
+
+    `reference_logps` are those of the branches, nats, summed over tokens.
+    """
+
+    response_ids: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+    reference_logps: tuple[float, ...]
+
+
+class PolicyTrainer(PrefixTrainer[PolicyExample]):
+    """A preference loss over pairs whose responses are branches of their prompt's row."""
+
+    pair_loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+    def sums(self, model: PreTrainedModel, examples: Sequence[PolicyExample]) -> Sums:
+        """The loss summed over pairs; `margin` (nats) is normalised by the reference policy."""
+        policy = torch.cat(branch_logps(model, self.collate(examples)))
+        reference = policy.new_tensor([r for e in examples for r in e.reference_logps])
+        chosen, rejected = _pair_index(examples, policy.device)
+        loss = self.pair_loss(
+            policy[chosen], policy[rejected], reference[chosen], reference[rejected]
+        )
+        gain = policy.detach() - reference
+        margin = gain[chosen] - gain[rejected]
+        hits = torch.where(margin == 0, 0.5, (margin > 0).float())
+        return Sums(loss.sum(), {"accuracy": float(hits.sum()), "margin": float(margin.sum())})
+
+
+def train_policy(
+    init_directory: str,
+    pairs: Sequence[PolicyPair],
+    reference_logps: ReferenceLogps,
+    settings: TrainPolicy,
+    compute: Compute,
+    templates: Templates,
+    *,
+    seed: int,
+    work_directory: str,
+    output_directory: str,
+    evaluate: Evaluate | None = None,
+    starts_as_reference: bool = True,
+) -> PolicyResult:
+    """Train the model at `init_directory` on `pairs` and write the best checkpoint.
+
+    `reference_logps` maps (prompt_id, response_id) to the summed log-prob, nats, under the
+    reference policy. The loss of a step is the mean over its `batch_size` pairs. `evaluate` gives
+    the win rate of a model in evaluation mode; of `num_evaluations` evenly spaced checkpoints the
+    one with the highest is written, the first of equals; without it, the last. Goes on from a
+    checkpoint in `work_directory`.
+
+    Raises:
+        UserError: no pairs, a missing reference log-prob, an empty response, or, where the policy
+            `starts_as_reference`, a response whose log-prob is not that of the reference.
+        TrainingDiverged: the loss is not finite.
+    """
+    _check(pairs, reference_logps)
+    model, tokenizer = load(init_directory, compute)
+    rows = _Rows(pairs, reference_logps, tokenizer, templates)
+    difference = None
+    if starts_as_reference and last_checkpoint(Path(work_directory)) is None:
+        examples = rows.build(range(len(pairs)))
+        difference = check_step_zero(model, examples, settings, pad_id=tokenizer.pad_token_id)
+    plan = plan_steps(
+        rows.prompt_ids,
+        batch_size=settings.batch_size,
+        epochs=settings.epochs,
+        key=(WHAT, seed),
+    )
+    steps = Steps(plan, rows.build, weigh=len, token_budget=settings.token_budget)
+    trainer = PolicyTrainer(
+        model,
+        steps,
+        settings=settings,
+        compute=compute,
+        tokenizer=tokenizer,
+        seed=seed,
+        work_directory=work_directory,
+        what=WHAT,
+    )
+    trainer.pair_loss = pair_loss(settings)
+    selection = Selection(trainer, settings, compute, tokenizer, evaluate)
+    trainer.add_callback(selection)
+    training = trainer.run()
+    selected = selection.write(output_directory)
+    return PolicyResult(training, selection.evaluations, selected, difference)
+
+
+def pair_loss(settings: TrainPolicy) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The loss of (policy chosen, policy rejected, reference chosen, reference rejected) logps."""
+    if settings.loss == "sigmoid_norm":
+        return partial(losses.sigmoid_norm, gamma=settings.gamma)
+    if settings.loss == "hinge_norm":
+        return partial(losses.hinge_norm, gamma=settings.gamma)
+    return lambda chosen, rejected, *_: losses.hinge(chosen, rejected, settings.gamma)
+
+
+@torch.no_grad()
+def check_step_zero(
+    model: PreTrainedModel,
+    examples: Sequence[PolicyExample],
+    settings: TrainPolicy,
+    *,
+    pad_id: int,
+) -> float:
+    """Largest |policy - reference| log-prob over all responses, nats a token, before training.
+
+    `model` is in evaluation mode and in the type that computed the reference log-probs.
+
+    Raises:
+        UserError: it exceeds `step_zero_tolerance`; the message names the response.
+    """
+    worst, where = -1.0, ""
+    for batch in micro_batches(examples, settings.token_budget):
+        found = branch_logps(model, batch_of([e.row for e in batch], model, pad_id))
+        for example, logps in zip(batch, found, strict=True):
+            for branch, logp in enumerate(logps.tolist()):
+                reference = example.reference_logps[branch]
+                difference = abs(logp - reference) / len(example.row.branches[branch])
+                if not difference <= worst:
+                    worst = difference
+                    where = (
+                        f"response {example.response_ids[branch]} of prompt {example.prompt_id} has"
+                        f" {logp:.3f} nats under the policy and {reference:.3f} in logps"
+                    )
+    if not worst <= settings.step_zero_tolerance:
+        raise UserError(
+            f"{WHAT}: before the first step the policy is not the reference: {where}, {worst:.4f} a"
+            f" token, expected at most step_zero_tolerance = {settings.step_zero_tolerance}. Rerun"
+            " logps with the model that training starts from, or state the tolerance of this dtype."
+        )
+    return worst
+
+
+class Selection(TrainerCallback):
+    """Keeps the checkpoint with the highest win rate, over interruptions too."""
+
+    def __init__(
+        self,
+        trainer: PolicyTrainer,
+        settings: TrainPolicy,
+        compute: Compute,
+        tokenizer: PreTrainedTokenizerBase,
+        evaluate: Evaluate | None,
+    ) -> None:
+        self._trainer, self._evaluate, self._tokenizer = trainer, evaluate, tokenizer
+        self._compute = compute
+        self._directory = trainer.work_directory
+        self._due = evaluation_steps(len(trainer.steps), settings.num_evaluations)
+        self.evaluations = self._read() if evaluate else []
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The highest win rate so far, the first of equals."""
+        return max(self.evaluations, key=lambda e: (e.win_rate, -e.step), default=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate the model as it would be written, and write it where it is the best so far."""
+        step = state.global_step
+        done = {e.step for e in self.evaluations}
+        if self._evaluate is None or step not in self._due - done:
+            return
+        written = self._directory / f"best-{step}"
+        self._save(written)
+        model, _ = load(str(written), self._compute)
+        # Decoding may draw random numbers; training must go on as if it had not.
+        with torch.no_grad(), torch.random.fork_rng():
+            win_rate = self._evaluate(model)
+        self.evaluations.append(Evaluation(step, win_rate))
+        self._write()
+        for other in self._directory.glob("best-*"):
+            if self.best and other.name != f"best-{self.best.step}":
+                shutil.rmtree(other)
+
+    def write(self, output_directory: str) -> int:
+        """Write the kept model to `output_directory`; its step."""
+        if self.best is None:
+            self._save(Path(output_directory))
+            return len(self._trainer.steps)
+        kept = self._directory / f"best-{self.best.step}"
+        shutil.copytree(kept, output_directory, dirs_exist_ok=True)
+        return self.best.step
+
+    def _save(self, directory: Path) -> None:
+        dtype = weights_dtype(self._compute)
+        save_model(self._trainer.network, self._tokenizer, directory, dtype=dtype)
+
+    def _read(self) -> list[Evaluation]:
+        path = self._directory / "evaluations.json"
+        if not path.exists():
+            return []
+        return [Evaluation(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+
+    def _write(self) -> None:
+        path = self._directory / "evaluations.json"
+        aside = path.with_suffix(".partial")
+        aside.write_text(json.dumps([asdict(e) for e in self.evaluations]), encoding="utf-8")
+        os.replace(aside, path)
+
+
+def evaluation_steps(num_steps: int, num_evaluations: int) -> set[int]:
+    """Evenly spaced steps, from 1, the last one among them."""
+    return {math.ceil(i * num_steps / num_evaluations) for i in range(1, num_evaluations + 1)}
+
+
+class _Rows:
+    """Pairs as rows: a prompt once, each of its distinct responses a branch."""
+
+    def __init__(
+        self,
+        pairs: Sequence[PolicyPair],
+        reference_logps: ReferenceLogps,
+        tokenizer: PreTrainedTokenizerBase,
+        templates: Templates,
+    ) -> None:
+        self.prompt_ids = [pair.prompt_id for pair in pairs]
+        self._pairs, self._reference = pairs, reference_logps
+        texts = {pair.prompt_id: pair.prompt for pair in pairs}
+        self._prompts = {i: encode_prompt(tokenizer, templates, t) for i, t in texts.items()}
+
+    def build(self, items: Sequence[int]) -> list[PolicyExample]:
+        groups = by_prompt(items, self.prompt_ids)
+        return [self._example(prompt_id, group) for prompt_id, group in groups]
+
+    def _example(self, prompt_id: str, group: Sequence[int]) -> PolicyExample:
+        responses: dict[str, list[int]] = {}
+        for item in group:
+            pair = self._pairs[item]
+            responses.setdefault(pair.chosen_id, list(pair.chosen_token_ids))
+            responses.setdefault(pair.rejected_id, list(pair.rejected_token_ids))
+        branch = {response_id: number for number, response_id in enumerate(responses)}
+        sides = [(self._pairs[item].chosen_id, self._pairs[item].rejected_id) for item in group]
+        return PolicyExample(
+            prompt_id=prompt_id,
+            row=Row(self._prompts[prompt_id], list(responses.values())),
+            response_ids=tuple(responses),
+            pairs=tuple((branch[chosen], branch[rejected]) for chosen, rejected in sides),
+            reference_logps=tuple(self._reference[prompt_id, r] for r in responses),
+        )
+
+
+def _pair_index(examples: Sequence[PolicyExample], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions of the chosen and of the rejected side of all pairs among all branches."""
+    chosen, rejected, offset = [], [], 0
+    for example in examples:
+        chosen += [offset + c for c, _ in example.pairs]
+        rejected += [offset + r for _, r in example.pairs]
+        offset += len(example.response_ids)
+    return torch.tensor(chosen, device=device), torch.tensor(rejected, device=device)
+
+
+def _check(pairs: Sequence[PolicyPair], reference_logps: ReferenceLogps) -> None:
+    if not pairs:
+        raise UserError(f"{WHAT}: no training pairs; check the counts of reject and pair.")
+    for pair in pairs:
+        sides = (
+            ("chosen", pair.chosen_id, pair.chosen_token_ids),
+            ("rejected", pair.rejected_id, pair.rejected_token_ids),
+        )
+        for side, response_id, token_ids in sides:
+            where = f"{WHAT}: pair of prompt {pair.prompt_id}, {side} response {response_id}"
+            if not len(token_ids):
+                raise UserError(f"{where}: no tokens, expected at least one; rerun pair.")
+            logp = reference_logps.get((pair.prompt_id, response_id))
+            if logp is None or not math.isfinite(logp):
+                raise UserError(
+                    f"{where}: the reference log-prob is {'missing' if logp is None else logp},"
+                    " expected a finite number; run logps on these pairs."
+                )

@@ -1,0 +1,94 @@
+"""Supervised fine-tuning of the reference policy on demonstrations."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from rso.config import Compute, Templates, TrainSft
+from rso.errors import UserError
+from rso.models import save_model
+from rso.prefix import Row, branch_logps
+from rso.templates import encode_prompt, encode_response
+from rso.training.base import PrefixTrainer, Sums, TrainingResult, load, weights_dtype
+from rso.training.steps import Example, Steps, by_prompt, choose, plan_steps
+
+
+class Demonstration(NamedTuple):
+    """A prompt and the response to imitate."""
+
+    prompt_id: str
+    prompt: str
+    target: str
+
+
+class SftTrainer(PrefixTrainer[Example]):
+    """Cross-entropy of the targets' tokens, end of sequence included; prompts are not learnt."""
+
+    def sums(self, model: PreTrainedModel, examples: Sequence[Example]) -> Sums:
+        """Negative log-probability, nats, summed over all target tokens."""
+        return Sums(-torch.cat(branch_logps(model, self.collate(examples))).sum(), {})
+
+
+def train_sft(
+    base_location: str,
+    examples: Sequence[Demonstration | tuple[str, str, str]],
+    settings: TrainSft,
+    compute: Compute,
+    templates: Templates,
+    *,
+    seed: int,
+    work_directory: str,
+    output_directory: str,
+) -> TrainingResult:
+    """Fine-tune the model at `base_location` and write it to `output_directory`.
+
+    The loss of a step is the mean over the target tokens of its `batch_size` examples. Several
+    targets of a prompt are branches of one row. Goes on from a checkpoint in `work_directory`.
+
+    Raises:
+        UserError: no examples, or settings that do not fit the model.
+        TrainingDiverged: the loss is not finite.
+    """
+    if not examples:
+        raise UserError("train_sft: no training demonstrations; check prepare's counts and splits.")
+    rows = [Demonstration(*example) for example in examples]
+    chosen = choose([r.prompt_id for r in rows], settings.max_examples, ("train_sft", seed))
+    rows = [rows[i] for i in chosen]
+    model, tokenizer = load(base_location, compute)
+    prompt_ids = [r.prompt_id for r in rows]
+    prompts = {r.prompt_id: encode_prompt(tokenizer, templates, r.prompt) for r in rows}
+    targets = [encode_response(tokenizer, templates, r.target, eos=True) for r in rows]
+
+    def build(items: Sequence[int]) -> list[Example]:
+        return [
+            Example(prompt_id, Row(prompts[prompt_id], [targets[i] for i in group]))
+            for prompt_id, group in by_prompt(items, prompt_ids)
+        ]
+
+    plan = plan_steps(
+        prompt_ids,
+        batch_size=settings.batch_size,
+        epochs=settings.epochs,
+        key=("train_sft", seed),
+    )
+    steps = Steps(
+        plan,
+        build,
+        weigh=lambda items: sum(len(targets[i]) for i in items),
+        token_budget=settings.token_budget,
+    )
+    trainer = SftTrainer(
+        model,
+        steps,
+        settings=settings,
+        compute=compute,
+        tokenizer=tokenizer,
+        seed=seed,
+        work_directory=work_directory,
+        what="train_sft",
+    )
+    result = trainer.run()
+    save_model(model, tokenizer, output_directory, dtype=weights_dtype(compute))
+    return result

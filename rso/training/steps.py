@@ -1,0 +1,125 @@
+"""What every optimiser step consists of, fixed before the first one.
+
+An optimiser step is exactly `batch_size` items (examples, comparisons or pairs), however they pack
+into rows and micro-batches. Items of one prompt stay together, since they share its row; a step
+cuts them apart only where its size demands it. All epochs form one sequence, so of all steps only
+the last may be smaller.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Generic, TypeVar
+
+from torch.utils.data import Dataset
+
+from rso import seeds
+from rso.prefix import Row, plan_batches
+
+
+@dataclass(frozen=True)
+class Example:
+    """One shared-prefix row; the trainers add what their losses need."""
+
+    prompt_id: str
+    row: Row
+
+
+ExampleT = TypeVar("ExampleT", bound=Example)
+
+
+@dataclass(frozen=True)
+class Step(Generic[ExampleT]):
+    """One optimiser step. Its loss is the sum over all its micro-batches divided by `divisor`."""
+
+    micro_batches: list[list[ExampleT]]
+    num_items: int
+    divisor: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows, shared prefixes once, padding not counted."""
+        return sum(e.row.num_tokens for batch in self.micro_batches for e in batch)
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        """The prompts of the step, in the order of computation."""
+        return [e.prompt_id for batch in self.micro_batches for e in batch]
+
+
+class Steps(Dataset[Step[ExampleT]]):
+    """The optimiser steps of a training, each built from its item indices when asked for.
+
+    `build` turns the indices of one step's items into rows, one a prompt; `weigh` gives the divisor
+    of the step's summed loss.
+    """
+
+    def __init__(
+        self,
+        plan: Sequence[Sequence[int]],
+        build: Callable[[Sequence[int]], list[ExampleT]],
+        weigh: Callable[[Sequence[int]], float],
+        *,
+        token_budget: int,
+    ) -> None:
+        self._plan, self._build, self._weigh = plan, build, weigh
+        self._token_budget = token_budget
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, index: int) -> Step[ExampleT]:
+        items = self._plan[index]
+        batches = micro_batches(self._build(items), self._token_budget)
+        return Step(batches, num_items=len(items), divisor=self._weigh(items))
+
+    def __iter__(self) -> Iterator[Step[ExampleT]]:
+        return (self[index] for index in range(len(self)))
+
+
+def plan_steps(
+    prompt_ids: Sequence[str], *, batch_size: int, epochs: float, key: Sequence[str | int]
+) -> list[list[int]]:
+    """Item indices of every optimiser step; `prompt_ids` names the prompt of each item.
+
+    Every epoch has its own random order of the prompts, which depends on `key`, the epoch and the
+    ids alone; a part of an epoch takes the first items of its order. Within a prompt items keep
+    their order.
+    """
+    by_prompt: dict[str, list[int]] = {}
+    for item, prompt_id in enumerate(prompt_ids):
+        by_prompt.setdefault(prompt_id, []).append(item)
+    unique = list(by_prompt)
+    num_items = max(1, round(epochs * len(prompt_ids)))
+    sequence: list[int] = []
+    epoch = 0
+    while len(sequence) < num_items:
+        order = seeds.order(unique, *key, "epoch", epoch)
+        sequence += [item for prompt in order for item in by_prompt[unique[prompt]]]
+        epoch += 1
+    sequence = sequence[:num_items]
+    return [sequence[i : i + batch_size] for i in range(0, num_items, batch_size)]
+
+
+def choose(prompt_ids: Sequence[str], limit: int | None, key: Sequence[str | int]) -> list[int]:
+    """Indices, rising, of at most `limit` items: whole prompts in a random order that `key` fixes.
+
+    Only the last prompt taken may lose some of its items.
+    """
+    if limit is None or limit >= len(prompt_ids):
+        return list(range(len(prompt_ids)))
+    (chosen,) = plan_steps(
+        prompt_ids, batch_size=limit, epochs=limit / len(prompt_ids), key=(*key, "choose")
+    )
+    return sorted(chosen)
+
+
+def by_prompt(items: Sequence[int], prompt_ids: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Neighbouring `items` of one prompt together: (prompt_id, its items), in order."""
+    return [(key, list(group)) for key, group in groupby(items, key=lambda i: prompt_ids[i])]
+
+
+def micro_batches(examples: Sequence[ExampleT], token_budget: int) -> list[list[ExampleT]]:
+    """The examples in batches of at most `token_budget` padded tokens each."""
+    batches = plan_batches([e.row.num_tokens for e in examples], token_budget)
+    return [[examples[i] for i in batch] for batch in batches]

@@ -1,0 +1,519 @@
+"""Training: exact steps, the same gradients as plain computation, resuming, stopping, learning."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from rso.config import Compute, Templates, TrainPolicy, TrainRanker, TrainSft
+from rso.errors import UserError
+from rso.templates import RankerEncoder, encode_prompt, encode_response
+from rso.training.base import PrefixTrainer, TrainingDiverged, TrainingResult, last_checkpoint
+from rso.training.policy import (
+    PolicyPair,
+    PolicyResult,
+    evaluation_steps,
+    train_policy,
+)
+from rso.training.ranker import LabelledComparison, train_ranker
+from rso.training.sft import Demonstration, train_sft
+from rso.training.steps import choose, plan_steps
+
+TEMPLATES = Templates()
+FP32 = Compute(dtype="float32", device="cpu")
+BF16 = Compute(dtype="bfloat16", device="cpu")
+# A small budget, so that every step has several micro-batches of several rows.
+BUDGET = 120
+WORDS = ["sum", "list", "file", "lines", "fox", "dog", "number", "empty", "read", "open"]
+
+
+def demonstrations() -> list[Demonstration]:
+    """Ten prompts with one target each and two with another."""
+    rows = [Demonstration(f"p{i}", f"the {w} of it", f"Return {w}.") for i, w in enumerate(WORDS)]
+    return [*rows, *(Demonstration(r.prompt_id, r.prompt, "Read.") for r in rows[:2])]
+
+
+def comparisons() -> list[LabelledComparison]:
+    """Answers with the word good are preferred to those with bad; the longer one varies."""
+    rows = []
+    for i in range(48):
+        tail = " " + WORDS[i % 10]
+        chosen, rejected = ("good" + tail * (i % 3), "bad" + tail * (i // 3 % 3))
+        split = "validation" if i >= 36 else "train"
+        weight = 1.0 + i % 2
+        prompt_id = f"p{i // 2}"
+        rows.append(
+            LabelledComparison(
+                prompt_id, f"c{i}", f"a {WORDS[i // 2 % 10]}", chosen, rejected, weight, split
+            )
+        )
+    return rows
+
+
+def pairs(tokenizer: PreTrainedTokenizerBase) -> list[PolicyPair]:
+    """Six prompts with three pairs of four responses each; a response is in several pairs."""
+    rows = []
+    for i in range(6):
+        texts = [f"{w} {WORDS[i]}" for w in ("Return", "Open", "Read the", "A")]
+        ids = [encode_response(tokenizer, TEMPLATES, t, eos=True) for t in texts]
+        for a, b in ((0, 1), (2, 3), (0, 2)):
+            rows.append(
+                PolicyPair(f"p{i}", f"the {WORDS[i]}", f"r{i}{a}", f"r{i}{b}", ids[a], ids[b])
+            )
+    return rows
+
+
+def sequence_logps(model: PreTrainedModel, prompt: list[int], response: Sequence[int]) -> Tensor:
+    """One sequence alone, full logits: the summed log-prob of the response."""
+    logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0].float()
+    logps = torch.log_softmax(logits, dim=-1)
+    places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+    return torch.stack([logps[i, t] for i, t in zip(places, response, strict=True)]).sum()
+
+
+def reference_logps(
+    directory: str, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PolicyPair]
+) -> dict[tuple[str, str], float]:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    found = {}
+    with torch.no_grad():
+        for row in rows:
+            prompt = encode_prompt(tokenizer, TEMPLATES, row.prompt)
+            for side, ids in (
+                (row.chosen_id, row.chosen_token_ids),
+                (row.rejected_id, row.rejected_token_ids),
+            ):
+                found[row.prompt_id, side] = float(sequence_logps(model, prompt, ids))
+    return found
+
+
+def settings(kind: type, **changes: Any) -> Any:
+    plain: dict[str, Any] = {
+        "optimizer": "adamw",
+        "learning_rate": 3e-3,
+        "batch_size": 5,
+        "epochs": 2,
+        "token_budget": BUDGET,
+    }
+    return kind(**(plain | changes))
+
+
+def run_sft(base: str, directory: Path, compute: Compute = FP32, **changes: Any) -> TrainingResult:
+    return train_sft(
+        base,
+        demonstrations(),
+        settings(TrainSft, **changes),
+        compute,
+        TEMPLATES,
+        seed=0,
+        work_directory=str(directory / "work"),
+        output_directory=str(directory / "model"),
+    )
+
+
+def run_ranker(base: str, directory: Path, **changes: Any) -> Any:
+    return train_ranker(
+        base,
+        comparisons(),
+        settings(TrainRanker, **changes),
+        FP32,
+        TEMPLATES,
+        seed=0,
+        work_directory=str(directory / "work"),
+        output_directory=str(directory / "model"),
+    )
+
+
+def run_policy(
+    base: str,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    logps: dict[tuple[str, str], float] | None = None,
+    evaluate: Callable[[PreTrainedModel], float] | None = None,
+    **changes: Any,
+) -> PolicyResult:
+    rows = pairs(tokenizer)
+    return train_policy(
+        base,
+        rows,
+        reference_logps(base, tokenizer, rows) if logps is None else logps,
+        settings(TrainPolicy, **changes),
+        FP32,
+        TEMPLATES,
+        seed=0,
+        work_directory=str(directory / "work"),
+        output_directory=str(directory / "model"),
+        evaluate=evaluate,
+    )
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "model" / "model.safetensors")
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[PrefixTrainer[Any]]:
+    """Trainers whose `run` was called; it does nothing."""
+    trainers: list[PrefixTrainer[Any]] = []
+
+    def run(self: PrefixTrainer[Any]) -> TrainingResult:
+        trainers.append(self)
+        return TrainingResult(0, 0, 0.0, [])
+
+    monkeypatch.setattr(PrefixTrainer, "run", run)
+    return trainers
+
+
+def gradients_of_first_step(trainer: PrefixTrainer[Any]) -> tuple[float, dict[str, Tensor]]:
+    step = trainer.steps[0]
+    assert len(step.micro_batches) > 1
+    loss = trainer.training_step(trainer.network, {"step": step})
+    found = {n: p.grad.clone() for n, p in trainer.network.named_parameters()}
+    trainer.network.zero_grad()
+    return float(loss), found
+
+
+def assert_step_equals(trainer: PrefixTrainer[Any], plain: Callable[[], Tensor]) -> None:
+    """The first step's loss and gradients are those of the scalar `plain()`."""
+    loss, found = gradients_of_first_step(trainer)
+    expected = plain()
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in trainer.network.named_parameters():
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5 * scale)
+
+
+@given(
+    prompts=st.lists(st.integers(0, 6), min_size=1, max_size=30),
+    batch_size=st.integers(1, 9),
+    epochs=st.sampled_from([0.5, 1.0, 2.0, 2.5]),
+)
+def test_plan_steps_are_exact_and_cover_every_epoch(
+    prompts: list[int], batch_size: int, epochs: float
+) -> None:
+    plan = plan_steps(
+        [f"p{i}" for i in prompts], batch_size=batch_size, epochs=epochs, key=("t", 0)
+    )
+    sizes = [len(step) for step in plan]
+    assert all(size == batch_size for size in sizes[:-1]) and 0 < sizes[-1] <= batch_size
+    uses = Counter(item for step in plan for item in step)
+    assert sum(sizes) == max(1, round(epochs * len(prompts)))
+    assert all(int(epochs) <= uses[i] <= int(epochs) + 1 for i in range(len(prompts)))
+
+
+def test_plan_steps_keeps_a_prompt_together_and_orders_epochs_apart() -> None:
+    ids = [f"p{i // 4}" for i in range(40)]
+    plan = plan_steps(ids, batch_size=8, epochs=2, key=("t", 0))
+    for step in plan:
+        assert Counter(ids[i] for i in step).most_common() == [(ids[step[0]], 4), (ids[step[4]], 4)]
+    assert plan[:5] != plan[5:]
+    assert plan != plan_steps(ids, batch_size=8, epochs=2, key=("t", 1))
+
+
+def test_choose_takes_whole_prompts_up_to_the_limit() -> None:
+    ids = [f"p{i // 4}" for i in range(40)]
+    chosen = choose(ids, 10, ("t", 0))
+    assert len(chosen) == 10 and chosen == sorted(chosen)
+    assert sorted(Counter(ids[i] for i in chosen).values()) == [2, 4, 4]
+    assert choose(ids, None, ("t", 0)) == choose(ids, 99, ("t", 0)) == list(range(40))
+
+
+def test_sft_step_equals_plain_computation(
+    tiny_llama_dir: str,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    captured: list[PrefixTrainer[Any]],
+) -> None:
+    run_sft(tiny_llama_dir, tmp_path, batch_size=12)
+    rows = demonstrations()
+
+    def plain() -> Tensor:
+        total, num_tokens = torch.tensor(0.0), 0
+        for row in rows:
+            prompt = encode_prompt(tiny_tokenizer, TEMPLATES, row.prompt)
+            target = encode_response(tiny_tokenizer, TEMPLATES, row.target, eos=True)
+            total = total - sequence_logps(captured[0].network, prompt, target)
+            num_tokens += len(target)
+        return total / num_tokens
+
+    assert_step_equals(captured[0], plain)
+
+
+@pytest.mark.parametrize("orders", ["both", "flip"])
+def test_ranker_step_equals_plain_computation(
+    tiny_ranker_dir: str,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    captured: list[PrefixTrainer[Any]],
+    orders: str,
+) -> None:
+    run_ranker(tiny_ranker_dir, tmp_path, batch_size=36, orders=orders)
+    encoder = RankerEncoder(tiny_tokenizer, TEMPLATES)
+    step = captured[0].steps[0]
+    if orders == "flip":
+        signs = [sign for batch in step.micro_batches for e in batch for sign in e.signs]
+        assert len(signs) == 36 and set(signs) == {1.0, -1.0}
+    model = captured[0].network
+
+    def z(row: LabelledComparison, a: str, b: str) -> Tensor:
+        ids = [*encoder.context(row.prompt).ids, *encoder.branch(a, b)]
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+        return logits[encoder.labels.a] - logits[encoder.labels.b]
+
+    def plain() -> Tensor:
+        rows = [c for c in comparisons() if c.split == "train"]
+        total = torch.tensor(0.0)
+        kept = {e.prompt_id: iter(e.signs) for b in step.micro_batches for e in b}
+        for row in rows:
+            ab, ba = z(row, row.chosen, row.rejected), z(row, row.rejected, row.chosen)
+            if orders == "both":
+                margin = (ab - ba) / 2
+            else:
+                margin = ab if next(kept[row.prompt_id]) > 0 else -ba
+            total = total - row.weight * functional.logsigmoid(margin)
+        return total / len(rows)
+
+    assert_step_equals(captured[0], plain)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid_norm", "hinge", "hinge_norm"])
+def test_policy_step_equals_plain_computation(
+    tiny_llama_dir: str,
+    tiny_ranker_dir: str,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    captured: list[PrefixTrainer[Any]],
+    loss: str,
+) -> None:
+    gamma = 0.3
+    rows = pairs(tiny_tokenizer)
+    reference = reference_logps(tiny_ranker_dir, tiny_tokenizer, rows)
+    train_policy(
+        tiny_llama_dir,
+        rows,
+        reference,
+        settings(TrainPolicy, batch_size=18, loss=loss, gamma=gamma),
+        FP32,
+        TEMPLATES,
+        seed=0,
+        work_directory=str(tmp_path / "work"),
+        output_directory=str(tmp_path / "model"),
+        starts_as_reference=False,
+    )
+
+    def plain() -> Tensor:
+        total = torch.tensor(0.0)
+        for row in rows:
+            prompt = encode_prompt(tiny_tokenizer, TEMPLATES, row.prompt)
+            chosen = sequence_logps(captured[0].network, prompt, row.chosen_token_ids)
+            rejected = sequence_logps(captured[0].network, prompt, row.rejected_token_ids)
+            if loss != "hinge":
+                chosen = chosen - reference[row.prompt_id, row.chosen_id]
+                rejected = rejected - reference[row.prompt_id, row.rejected_id]
+            logit = gamma * (chosen - rejected)
+            is_sigmoid = loss == "sigmoid_norm"
+            total = total + (
+                -functional.logsigmoid(logit) if is_sigmoid else (1 - logit).clamp(min=0)
+            )
+        return total / len(rows)
+
+    assert_step_equals(captured[0], plain)
+
+
+@pytest.mark.parametrize(("compute", "dtype"), [(FP32, torch.float32), (BF16, torch.bfloat16)])
+def test_sft_loss_falls_and_model_is_written_in_its_dtype(
+    tiny_llama_dir: str, tmp_path: Path, compute: Compute, dtype: torch.dtype
+) -> None:
+    result = run_sft(tiny_llama_dir, tmp_path, compute, epochs=10)
+    assert result.num_steps == 24
+    assert [entry["num_items"] for entry in result.curve] == [5] * 24
+    assert result.curve[-1]["loss"] < 0.5 * result.curve[0]["loss"]
+    assert result.num_tokens == sum(entry["num_tokens"] for entry in result.curve)
+    assert {w.dtype for w in weights(tmp_path).values()} == {dtype}
+
+
+def test_adafactor_with_schedule_and_warmup_learns(tiny_llama_dir: str, tmp_path: Path) -> None:
+    result = run_sft(
+        tiny_llama_dir, tmp_path, optimizer="adafactor", schedule="cosine", warmup=0.25, epochs=10
+    )
+    rates = [entry["learning_rate"] for entry in result.curve]
+    assert max(rates) == pytest.approx(3e-3) and rates[0] < 1e-3 and rates[-1] < 1e-4
+    assert result.curve[-1]["loss"] < result.curve[0]["loss"]
+
+
+def test_frozen_parts_stay_and_the_rest_moves(tiny_llama_dir: str, tmp_path: Path) -> None:
+    run_sft(tiny_llama_dir, tmp_path, freeze_embeddings=True, freeze_layers=1)
+    before, after = load_file(Path(tiny_llama_dir) / "model.safetensors"), weights(tmp_path)
+    for name in before:
+        is_frozen = "embed_tokens" in name or "layers.0." in name
+        assert torch.equal(before[name], after[name]) == is_frozen, name
+
+
+def test_more_frozen_layers_than_layers_is_refused(tiny_llama_dir: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="freeze_layers is 3, but the model has 2"):
+        run_sft(tiny_llama_dir, tmp_path, freeze_layers=3)
+
+
+def test_same_seed_gives_the_same_weights(tiny_llama_dir: str, tmp_path: Path) -> None:
+    run_sft(tiny_llama_dir, tmp_path / "a")
+    run_sft(tiny_llama_dir, tmp_path / "b")
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+INTERRUPTED: dict[str, Any] = {"epochs": 4, "schedule": "linear", "checkpoint_steps": 2}
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from transformers import Trainer
+from rso.training.base import PrefixTrainer
+import test_training
+
+save, save_inside = PrefixTrainer._save_checkpoint, Trainer._save_checkpoint
+def save_then_die(self, model, trial):
+    save(self, model, trial)
+    if self.state.global_step == {kill_after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+def die_in_saving(self, model, trial):
+    save_inside(self, model, trial)
+    if self.state.global_step == {kill_within}:
+        os.kill(os.getpid(), signal.SIGKILL)
+PrefixTrainer._save_checkpoint = save_then_die
+Trainer._save_checkpoint = die_in_saving
+test_training.run_sft({base!r}, Path({directory!r}), **test_training.INTERRUPTED)
+"""
+
+
+@pytest.mark.parametrize(("moment", "resumed"), [("kill_after", 4), ("kill_within", 2)])
+def test_killed_training_goes_on_to_the_same_weights(
+    tiny_llama_dir: str, tmp_path: Path, moment: str, resumed: int
+) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    moments = {"kill_after": 0, "kill_within": 0} | {moment: 4}
+    script = KILLED.format(
+        tests=str(Path(__file__).parent), base=tiny_llama_dir, directory=str(killed), **moments
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent)
+    assert done.returncode == -signal.SIGKILL
+    checkpoint = last_checkpoint(killed / "work")
+    assert checkpoint is not None and checkpoint.name == f"checkpoint-{resumed}"
+    after = run_sft(tiny_llama_dir, killed, **INTERRUPTED)
+    plain = run_sft(tiny_llama_dir, whole, **INTERRUPTED)
+    assert_same_weights(killed, whole)
+    assert [e["loss"] for e in after.curve] == [e["loss"] for e in plain.curve]
+
+
+def test_half_a_checkpoint_is_not_used(tmp_path: Path) -> None:
+    for step, text in ((2, json.dumps({"global_step": 2})), (4, '{"global_st'), (6, None)):
+        directory = tmp_path / f"checkpoint-{step}"
+        directory.mkdir()
+        if text is not None:
+            (directory / "trainer_state.json").write_text(text)
+    found = last_checkpoint(tmp_path)
+    assert found is not None and found.name == "checkpoint-2"
+
+
+def test_divergence_names_step_and_prompts_and_writes_nothing(
+    tiny_llama_dir: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingDiverged, match=r"step [2-5] of 5: .*Prompts of the batch: p\d"):
+        run_sft(tiny_llama_dir, tmp_path, learning_rate=1e30, max_grad_norm=1e30)
+    assert not (tmp_path / "model").exists()
+
+
+def test_ranker_learns_a_planted_preference(tiny_ranker_dir: str, tmp_path: Path) -> None:
+    result = run_ranker(tiny_ranker_dir, tmp_path, epochs=8, batch_size=6)
+    held_out = result.held_out
+    assert held_out.accuracy.n == 12
+    assert held_out.accuracy.value >= 0.9
+    assert held_out.longer.value < 0.8
+    assert held_out.chosen_shorter.value >= 0.75
+    assert result.training.curve[-1]["accuracy"] >= 0.9
+    assert result.num_truncated == 0
+
+
+def test_policy_raises_the_margin(
+    tiny_llama_dir: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    result = run_policy(tiny_llama_dir, tiny_tokenizer, tmp_path, epochs=4)
+    assert result.step_zero_difference == pytest.approx(0, abs=1e-5)
+    first, last = result.training.curve[0], result.training.curve[-1]
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert last["margin"] > 1 > abs(first["margin"])
+    assert result.selected_step == result.training.num_steps == 15
+
+
+def test_step_zero_check_fires_when_a_reference_logp_is_off(
+    tiny_llama_dir: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    logps = reference_logps(tiny_llama_dir, tiny_tokenizer, pairs(tiny_tokenizer))
+    logps["p3", "r32"] += 1.0
+    with pytest.raises(UserError, match="response r32 of prompt p3"):
+        run_policy(tiny_llama_dir, tiny_tokenizer, tmp_path, logps=logps)
+
+
+@pytest.mark.parametrize("change", [{}, {("p3", "r32"): float("nan")}])
+def test_missing_or_bad_reference_logps_are_refused(
+    tiny_llama_dir: str,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    change: dict[tuple[str, str], float],
+) -> None:
+    logps = reference_logps(tiny_llama_dir, tiny_tokenizer, pairs(tiny_tokenizer))
+    del logps["p3", "r32"]
+    with pytest.raises(UserError, match=r"prompt p3, .* response r32: .*run logps"):
+        run_policy(tiny_llama_dir, tiny_tokenizer, tmp_path, logps=logps | change)
+
+
+def test_policy_keeps_the_first_checkpoint_with_the_highest_win_rate(
+    tiny_llama_dir: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rates = [0.2, 0.9, 0.9, 0.1]
+    seen: list[dict[str, Tensor]] = []
+
+    def evaluate(model: PreTrainedModel) -> float:
+        assert not model.training
+        torch.rand(3)
+        seen.append({n: w.clone() for n, w in model.state_dict().items()})
+        return rates[len(seen) - 1]
+
+    result = run_policy(
+        tiny_llama_dir, tiny_tokenizer, tmp_path / "a", evaluate=evaluate, num_evaluations=4
+    )
+    assert [(e.step, e.win_rate) for e in result.evaluations] == list(
+        zip([2, 4, 6, 8], rates, strict=True)
+    )
+    assert result.selected_step == 4
+    for name, weight in weights(tmp_path / "a").items():
+        assert torch.equal(weight, seen[1][name])
+    run_policy(tiny_llama_dir, tiny_tokenizer, tmp_path / "b")
+    for name, weight in weights(tmp_path / "b").items():
+        assert torch.equal(weight, seen[3][name])
+
+
+def test_evaluation_steps_are_even_and_end_with_the_last() -> None:
+    assert evaluation_steps(10, 1) == {10}
+    assert evaluation_steps(10, 4) == {3, 5, 8, 10}
+    assert evaluation_steps(2, 4) == {1, 2}
