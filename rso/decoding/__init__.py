@@ -1,0 +1,168 @@
+"""Sampling responses from a policy: the `Decoder` protocol, its records, the choice of an engine.
+
+Importing this module imports neither torch nor vllm; an engine is imported by `load_decoder`.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from rso.errors import UserError
+
+ENGINES = ("vllm", "transformers")
+
+Progress = Callable[[int], None]
+"""Called with the number of responses that have just been finished (`bar.advance` fits)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: temperature first, then `top_k`, then `top_p` among what is left."""
+
+    temperature: float = 0.7
+    """0 is greedy decoding: every sample of a prompt is then the same response."""
+    top_k: int = 40
+    """The number of most likely tokens to draw from; 0 is no limit."""
+    top_p: float = 1.0
+    """The probability mass to draw from, most likely tokens first; 1 is no limit."""
+    max_new_tokens: int = 64
+    num_samples: int = 1
+    logprobs: bool = False
+    """Whether `Decoded.cumulative_logp` is computed."""
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "temperature": (self.temperature >= 0, "at least 0"),
+            "top_k": (self.top_k >= 0, "at least 0 (0 is no limit)"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "num_samples": (self.num_samples >= 1, "at least 1"),
+        }
+        for name, (is_valid, expected) in bounds.items():
+            if not is_valid:
+                found = getattr(self, name)
+                raise UserError(f"sampling.{name} must be {expected}, found {found}; change it.")
+
+
+class Request(NamedTuple):
+    """One prompt to decode, already tokenised with its template."""
+
+    prompt_id: str
+    token_ids: list[int]
+
+
+class Refusal(NamedTuple):
+    """A request that cannot be decoded, and the sentence that says why."""
+
+    request: Request
+    reason: str
+
+
+class Decoded(NamedTuple):
+    """One response; `cumulative_logp` is in nats under the untempered, unfiltered model."""
+
+    token_ids: list[int]
+    """What was generated, with the end-of-sequence token where one was generated."""
+    text: str
+    """The same without special tokens."""
+    finish_reason: str
+    """`stop` (an end-of-sequence token) or `length` (max_new_tokens)."""
+    cumulative_logp: float | None
+    """Sum over `token_ids`, end of sequence included; None unless `Sampling.logprobs`."""
+
+
+class Decoder(Protocol):
+    """An engine that holds one policy; every engine says in its docstring what it can repeat."""
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that prompt and response may have together."""
+        ...
+
+    def decode(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> list[list[Decoded]]:
+        """Return `num_samples` responses for each request, in the order of the requests."""
+        ...
+
+    def close(self) -> None:
+        """Free the model's memory; the decoder cannot be used afterwards."""
+        ...
+
+
+def check_room(
+    requests: Sequence[Request], context_length: int, max_new_tokens: int
+) -> tuple[list[Request], list[Refusal]]:
+    """Return the requests that fit, and the others with the reason.
+
+    A prompt fits if it has a token and leaves room for `max_new_tokens` in `context_length`.
+    """
+    kept: list[Request] = []
+    refused: list[Refusal] = []
+    room = context_length - max_new_tokens
+    for request in requests:
+        length = len(request.token_ids)
+        if 0 < length <= room:
+            kept.append(request)
+            continue
+        reason = (
+            f"prompt {request.prompt_id} has {length} tokens, expected 1 to {room}: the context "
+            f"holds {context_length} and max_new_tokens takes {max_new_tokens}; shorten the prompt "
+            "or lower max_new_tokens"
+        )
+        refused.append(Refusal(request, reason))
+    return kept, refused
+
+
+def require_room(requests: Sequence[Request], context_length: int, max_new_tokens: int) -> None:
+    """Raise `UserError` with the first reason if a request does not fit (see `check_room`)."""
+    _, refused = check_room(requests, context_length, max_new_tokens)
+    if refused:
+        raise UserError(f"{len(refused)} of {len(requests)} prompts refused: {refused[0].reason}.")
+
+
+def stop_token_ids(generation_config: object, tokenizer: object) -> frozenset[int]:
+    """Return the ids that end a response: the generation config's, or else the tokenizer's."""
+    for holder in (generation_config, tokenizer):
+        found = getattr(holder, "eos_token_id", None)
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else found)
+    return frozenset()
+
+
+def resolve_engine(engine: str) -> str:
+    """Return the engine that `engine` means here; `auto` is vllm if installed, else transformers.
+
+    Nothing is imported, so a plan can be made without loading an engine.
+    """
+    if engine == "auto":
+        return "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    if engine not in ENGINES:
+        known = ", ".join(("auto", *ENGINES))
+        raise UserError(f"decoding engine must be one of {known}, found {engine!r}; change it.")
+    return engine
+
+
+def load_decoder(
+    engine: str, directory: str, *, dtype: str = "bfloat16", max_model_len: int | None = None
+) -> Decoder:
+    """Return the decoder of a model directory in Hugging Face format.
+
+    `max_model_len` (longest prompt + max_new_tokens) bounds what vLLM reserves for one sequence;
+    None takes the model's whole context. An engine that cannot start raises `UserError` with the
+    cause and the engine to use instead.
+    """
+    if resolve_engine(engine) == "vllm":
+        from rso.decoding.vllm_engine import VllmDecoder
+
+        return VllmDecoder(directory, dtype=dtype, max_model_len=max_model_len)
+    from rso.decoding.transformers_engine import load
+
+    loaded: Decoder = load(directory, dtype=dtype)
+    return loaded

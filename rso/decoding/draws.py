@@ -1,0 +1,80 @@
+"""Drawing tokens by keyed uniforms: the same uniform and the same logits give the same token."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rso import seeds
+from rso.decoding import Sampling
+
+
+class Distribution(NamedTuple):
+    """A categorical distribution a row: cumulative probabilities over tokens in order of id."""
+
+    token_ids: Tensor | None
+    """int64 [row, choice], ascending; None if every token of the vocabulary is a choice."""
+    cumulative: Tensor
+    """float64 [row, choice], the last column is 1."""
+
+
+def keyed_uniforms(seed: int, prompt_id: str, num_samples: int, length: int) -> np.ndarray:
+    """Return float64 [num_samples, length] in [0, 1); row i depends on (seed, prompt_id, i)."""
+    rows = (
+        seeds.generator("decode", seed, prompt_id, sample).random(length)
+        for sample in range(num_samples)
+    )
+    return np.stack(list(rows))
+
+
+def filtered(logits: Tensor, sampling: Sampling) -> Distribution:
+    """Return what `sampling` leaves of fp32 logits [row, vocabulary], temperature above 0.
+
+    The choices are sorted by token id, not by probability: rounding that swaps two tokens of
+    nearly equal probability would otherwise swap what a uniform selects.
+    """
+    num_choices = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    if num_choices == logits.shape[-1] and sampling.top_p == 1.0:
+        return Distribution(None, _cumulative(torch.softmax(logits / sampling.temperature, -1)))
+    top, token_ids = torch.topk(logits, num_choices, dim=-1)
+    probabilities = torch.softmax(top / sampling.temperature, -1)
+    if sampling.top_p < 1.0:
+        mass_before = probabilities.cumsum(-1) - probabilities
+        # the most likely token always stays: nothing comes before it
+        probabilities = probabilities.masked_fill(mass_before >= sampling.top_p, 0.0)
+    token_ids, order = token_ids.sort(dim=-1)
+    return Distribution(token_ids, _cumulative(probabilities.gather(-1, order)))
+
+
+def draw(distribution: Distribution, uniforms: Tensor) -> Tensor:
+    """Return int64 token ids [row, draw] for float64 uniforms [row, draw] (inverse CDF)."""
+    # right=True: the first choice whose cumulative probability exceeds the uniform, so that
+    # choices of probability zero are never taken
+    chosen = torch.searchsorted(distribution.cumulative, uniforms.contiguous(), right=True)
+    if distribution.token_ids is None:
+        return chosen
+    return distribution.token_ids.gather(-1, chosen)
+
+
+def token_logps(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Return the log-softmax in nats, fp32, of `token_ids` [row, draw] under [row, vocabulary]."""
+    return logits.gather(-1, token_ids) - logits.logsumexp(-1, keepdim=True)
+
+
+def check_finite(logits: Tensor, prompt_ids: Sequence[str]) -> None:
+    """Raise if the logits of a row hold NaN or +inf, naming the row's prompt."""
+    is_finite = logits.amax(-1).isfinite()
+    if not bool(is_finite.all()):
+        broken = prompt_ids[int(is_finite.logical_not().nonzero()[0, 0])]
+        raise ValueError(
+            f"the model gave logits that are not finite for prompt {broken}; "
+            "check the model's weights, or decode with dtype float32."
+        )
+
+
+def _cumulative(probabilities: Tensor) -> Tensor:
+    # fp64, as a sum over a whole vocabulary in fp32 is off by more than rare tokens have
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    return cumulative / cumulative[:, -1:]

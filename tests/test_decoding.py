@@ -1,0 +1,399 @@
+"""One contract that every engine passes, and the promises of the transformers engine beyond it."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GPT2Config,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
+
+from rso import decoding, seeds
+from rso.decoding import Decoder, Request, Sampling, check_room, draws, load_decoder
+from rso.errors import UserError
+
+PROMPTS = [
+    "Return the sum of all the numbers in a list.",
+    "Open a file and read its lines",
+    "Return the sum of the lazy dog, and the dog does not care. " * 3,
+    "A",
+    "Is A better than B?",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_dir: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama_dir: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture(scope="module")
+def requests(tokenizer: PreTrainedTokenizerBase) -> list[Request]:
+    return [Request(f"{i:016x}", tokenizer.encode(text)) for i, text in enumerate(PROMPTS)]
+
+
+@pytest.fixture(
+    scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.slow)]
+)
+def decoder(request: pytest.FixtureRequest, tiny_llama_dir: str) -> Iterator[Decoder]:
+    loaded = load_decoder(request.param, tiny_llama_dir, dtype="float32", max_model_len=256)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture
+def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Decoder:
+    from rso.decoding.transformers_engine import TransformersDecoder
+
+    return TransformersDecoder(model, tokenizer)
+
+
+def full_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
+    """fp32 [position, vocabulary] from one plain forward pass without any cache."""
+    with torch.inference_mode():
+        return model(torch.tensor([token_ids])).logits[0].float()
+
+
+def plain_logp(model: PreTrainedModel, prompt: list[int], response: list[int]) -> float:
+    logps = full_logits(model, prompt + response).log_softmax(-1)
+    places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+    return sum(float(logps[place, token]) for place, token in zip(places, response, strict=True))
+
+
+def plain_choice(logits: np.ndarray, sampling: Sampling, uniform: float) -> int:
+    """A transcription of temperature, top-k, top-p and the inverse CDF, one token at a time."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / sampling.temperature
+    ranked = sorted(range(len(scaled)), key=lambda i: -scaled[i])
+    ranked = ranked[: sampling.top_k or len(ranked)]
+    weights = np.exp(scaled - scaled.max())
+    total = sum(weights[i] for i in ranked)
+    kept, mass = [], 0.0
+    for token in ranked:
+        if mass >= sampling.top_p:
+            break
+        kept.append(token)
+        mass += weights[token] / total
+    target, mass = uniform * sum(weights[i] for i in kept), 0.0
+    for token in sorted(kept):
+        mass += weights[token]
+        if mass > target:
+            return token
+    return max(kept)
+
+
+def plain_decode(
+    model: PreTrainedModel, request: Request, sampling: Sampling, seed: int, stop: int
+) -> list[list[int]]:
+    """Decode by the textbook: one sample at a time, the whole sequence anew for each token."""
+    responses = []
+    for sample in range(sampling.num_samples):
+        uniforms = seeds.generator("decode", seed, request.prompt_id, sample).random(
+            sampling.max_new_tokens
+        )
+        response: list[int] = []
+        while len(response) < sampling.max_new_tokens and stop not in response:
+            logits = full_logits(model, request.token_ids + response)[-1].numpy()
+            response.append(plain_choice(logits, sampling, uniforms[len(response)]))
+        responses.append(response)
+    return responses
+
+
+def test_decode_any_engine_gives_each_request_its_samples_in_order(
+    decoder: Decoder,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: list[Request],
+) -> None:
+    sampling = Sampling(1.0, 0, 1.0, max_new_tokens=12, num_samples=3, logprobs=True)
+    reported: list[int] = []
+    decoded = decoder.decode(requests, sampling, seed=0, progress=reported.append)
+    assert [len(of_prompt) for of_prompt in decoded] == [3] * len(requests)
+    assert sum(reported) == 3 * len(requests)
+    for request, of_prompt in zip(requests, decoded, strict=True):
+        for response in of_prompt:
+            is_stopped = response.token_ids[-1] == tokenizer.eos_token_id
+            assert tokenizer.eos_token_id not in response.token_ids[:-1]
+            assert response.finish_reason == ("stop" if is_stopped else "length")
+            assert is_stopped or len(response.token_ids) == 12
+            assert response.text == tokenizer.decode(response.token_ids, skip_special_tokens=True)
+            # the prompt's own log-probs make this fail when answers change places
+            expected = plain_logp(model, request.token_ids, response.token_ids)
+            assert response.cumulative_logp == pytest.approx(expected, rel=1e-4)
+
+
+def test_decode_any_engine_greedy_equals_generate(
+    decoder: Decoder, model: PreTrainedModel, requests: list[Request]
+) -> None:
+    decoded = decoder.decode(requests, Sampling(0.0, 40, 1.0, 16, num_samples=2), seed=0)
+    for request, of_prompt in zip(requests, decoded, strict=True):
+        prompt = torch.tensor([request.token_ids])
+        expected = model.generate(prompt, do_sample=False, max_new_tokens=16)
+        assert of_prompt[0].token_ids == expected[0, prompt.shape[1] :].tolist()
+        assert of_prompt[1] == of_prompt[0]
+        assert of_prompt[0].cumulative_logp is None
+
+
+def test_decode_any_engine_same_call_repeats_and_another_seed_differs(
+    decoder: Decoder, requests: list[Request]
+) -> None:
+    sampling = Sampling(1.0, 0, 1.0, 12, num_samples=4)
+    first = decoder.decode(requests, sampling, seed=0)
+    assert decoder.decode(requests, sampling, seed=1) != first
+    assert decoder.decode(requests, sampling, seed=0) == first
+
+
+def test_decode_any_engine_top_k_one_is_greedy(decoder: Decoder, requests: list[Request]) -> None:
+    greedy = decoder.decode(requests, Sampling(0.0, 0, 1.0, 12), seed=0)
+    assert decoder.decode(requests, Sampling(1.0, 1, 1.0, 12), seed=0) == greedy
+    assert decoder.decode(requests, Sampling(1.0, 0, 1e-6, 12), seed=0) == greedy
+
+
+def test_decode_any_engine_samples_follow_the_model(
+    decoder: Decoder, model: PreTrainedModel, requests: list[Request]
+) -> None:
+    sampling = Sampling(0.7, 5, 1.0, max_new_tokens=1, num_samples=2000)
+    (decoded,) = decoder.decode(requests[:1], sampling, seed=0)
+    counts = Counter(response.token_ids[0] for response in decoded)
+    top, tokens = full_logits(model, requests[0].token_ids)[-1].topk(5)
+    expected = dict(zip(tokens.tolist(), torch.softmax(top / 0.7, -1).tolist(), strict=True))
+    assert set(counts) <= set(expected)
+    for token, probability in expected.items():
+        # four standard deviations of a binomial share
+        deviation = 4 * (probability * (1 - probability) / 2000) ** 0.5
+        assert counts[token] / 2000 == pytest.approx(probability, abs=deviation)
+
+
+def test_decode_any_engine_refuses_a_prompt_without_room(decoder: Decoder) -> None:
+    too_long = Request("feed", [5] * (decoder.context_length - 9))
+    with pytest.raises(UserError, match=r"feed.*expected 1 to"):
+        decoder.decode([too_long], Sampling(max_new_tokens=10), seed=0)
+    assert len(decoder.decode([too_long], Sampling(max_new_tokens=9), seed=0)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(0.7, 40, 1.0, 16, num_samples=5),
+        Sampling(1.0, 0, 1.0, 16, num_samples=5),
+        Sampling(1.3, 0, 0.8, 16, num_samples=2),
+        Sampling(0.9, 20, 0.6, 1, num_samples=3),
+        Sampling(0.0, 0, 1.0, 16),
+    ],
+    ids=str,
+)
+def test_transformers_decode_equals_one_sample_at_a_time(
+    engine: Decoder,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: list[Request],
+    sampling: Sampling,
+) -> None:
+    decoded = engine.decode(requests, sampling, seed=3)
+    stop = tokenizer.eos_token_id
+    expected = [plain_decode(model, request, sampling, 3, stop) for request in requests]
+    assert [[response.token_ids for response in of_prompt] for of_prompt in decoded] == expected
+
+
+@pytest.fixture
+def engine_module() -> ModuleType:
+    from rso.decoding import transformers_engine
+
+    return transformers_engine
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("ROWS_PER_WAVE", 1),
+        ("ROWS_PER_WAVE", 9),
+        ("BYTES_PER_WAVE", 1),
+        ("COLUMNS_PER_GROUP", 1),
+        ("COLUMNS_PER_GROUP", 32),
+        ("TOKENS_PER_PREFILL", 1),
+        ("TOKENS_PER_PREFILL", 40),
+        ("LIVE_SHARE", 0.0),
+        ("LIVE_SHARE", 1.0),
+    ],
+)
+def test_transformers_decode_batching_changes_nothing(
+    engine: Decoder,
+    requests: list[Request],
+    engine_module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+    value: float,
+) -> None:
+    sampling = Sampling(1.0, 0, 1.0, 16, num_samples=4, logprobs=True)
+    expected = engine.decode(requests, sampling, seed=5)
+    monkeypatch.setattr(engine_module, setting, value)
+    found = engine.decode(requests, sampling, seed=5)
+    for of_prompt, of_same in zip(found, expected, strict=True):
+        for response, same in zip(of_prompt, of_same, strict=True):
+            assert response.token_ids == same.token_ids
+            assert response.cumulative_logp == pytest.approx(same.cumulative_logp, rel=1e-4)
+
+
+def test_transformers_decode_samples_ignore_neighbours_order_and_number(
+    engine: Decoder, requests: list[Request]
+) -> None:
+    sampling = Sampling(1.0, 0, 1.0, 16, num_samples=4)
+    together = engine.decode(requests, sampling, seed=5)
+    assert engine.decode(requests[::-1], sampling, seed=5) == together[::-1]
+    assert [engine.decode([r], sampling, seed=5)[0] for r in requests] == together
+    fewer = engine.decode(requests, replace(sampling, num_samples=2), seed=5)
+    assert fewer == [of_prompt[:2] for of_prompt in together]
+
+
+def test_transformers_decode_restores_the_models_attention(
+    engine: Decoder, model: PreTrainedModel, requests: list[Request]
+) -> None:
+    before = model.config._attn_implementation
+    engine.decode(requests[:1], Sampling(max_new_tokens=2), seed=0)
+    assert model.config._attn_implementation == before
+
+
+def tiny(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def shape(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | float]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "initializer_range": 0.3,
+    }
+
+
+def test_transformers_decode_other_architectures_equal_one_sample_at_a_time(
+    tokenizer: PreTrainedTokenizerBase, requests: list[Request]
+) -> None:
+    from rso.decoding.transformers_engine import TransformersDecoder
+
+    sampling = Sampling(1.0, 0, 1.0, 8, num_samples=3)
+    for config in (
+        Qwen3Config(**shape(tokenizer)),
+        MistralConfig(**shape(tokenizer), sliding_window=256),
+        GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2),
+    ):
+        other = tiny(config)
+        other.generation_config.eos_token_id = [tokenizer.eos_token_id, 40]
+        decoded = TransformersDecoder(other, tokenizer).decode(requests[:3], sampling, seed=3)
+        for request, of_prompt in zip(requests, decoded, strict=False):
+            for response, expected in zip(
+                of_prompt, plain_decode(other, request, sampling, 3, 40), strict=True
+            ):
+                if tokenizer.eos_token_id not in expected:
+                    assert response.token_ids == expected
+
+
+def test_transformers_decoder_sliding_window_bounds_the_context(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    from rso.decoding.transformers_engine import TransformersDecoder
+
+    config = MistralConfig(**shape(tokenizer), sliding_window=256)
+    assert TransformersDecoder(tiny(config), tokenizer).context_length == 256
+
+
+def test_transformers_decoder_soft_capped_attention_is_refused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    from rso.decoding.transformers_engine import TransformersDecoder
+
+    with pytest.raises(UserError, match=r"soft-capping.*vllm"):
+        TransformersDecoder(tiny(Gemma2Config(**shape(tokenizer))), tokenizer)
+
+
+def test_transformers_decode_broken_weights_name_the_prompt(
+    tokenizer: PreTrainedTokenizerBase, requests: list[Request]
+) -> None:
+    from rso.decoding.transformers_engine import TransformersDecoder
+
+    broken = tiny(Qwen3Config(**shape(tokenizer)))
+    with torch.no_grad():
+        broken.get_output_embeddings().weight[7] = float("nan")
+    with pytest.raises(ValueError, match=requests[0].prompt_id):
+        TransformersDecoder(broken, tokenizer).decode(requests[:1], Sampling(), seed=0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    logits=st.lists(st.floats(-8, 8), min_size=1, max_size=12),
+    temperature=st.sampled_from([0.3, 0.7, 1.0, 2.0]),
+    top_k=st.integers(0, 14),
+    top_p=st.sampled_from([0.05, 0.37, 0.83, 1.0]),
+    uniform=st.floats(0, 1, exclude_max=True),
+)
+def test_draw_any_filter_equals_the_plain_transcription(
+    logits: list[float], temperature: float, top_k: int, top_p: float, uniform: float
+) -> None:
+    sampling = Sampling(temperature, top_k, top_p)
+    # distinct logits: which of two equal ones a filter keeps is not specified
+    row = np.array([value + 1e-3 * i for i, value in enumerate(logits)], dtype=np.float32)
+    if len(set(row.tolist())) < len(row):
+        return
+    distribution = draws.filtered(torch.from_numpy(row)[None], sampling)
+    uniforms = torch.tensor([[uniform]], dtype=torch.float64)
+    drawn = int(draws.draw(distribution, uniforms))
+    # rounding may move a boundary, so a uniform beside it may fall on either side
+    near = {plain_choice(row, sampling, u) for u in (uniform - 1e-6, uniform, uniform + 1e-6)}
+    assert drawn in near
+
+
+def test_keyed_uniforms_depend_on_seed_prompt_and_sample_alone() -> None:
+    few = draws.keyed_uniforms(0, "a", 2, 5)
+    many = draws.keyed_uniforms(0, "a", 4, 7)
+    assert (many[:2, :5] == few).all()
+    others = [draws.keyed_uniforms(1, "a", 2, 5), draws.keyed_uniforms(0, "b", 2, 5)]
+    assert not any((other == few).any() for other in others)
+    assert not (few[0] == few[1]).any()
+
+
+def test_check_room_keeps_what_fits_and_says_why_not() -> None:
+    requests = [Request("a", [1] * 6), Request("b", [1] * 7), Request("c", []), Request("d", [1])]
+    kept, refused = check_room(requests, context_length=10, max_new_tokens=4)
+    assert [request.prompt_id for request in kept] == ["a", "d"]
+    assert [refusal.request.prompt_id for refusal in refused] == ["b", "c"]
+    assert "7 tokens, expected 1 to 6" in refused[0].reason
+
+
+def test_resolve_engine_auto_needs_no_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding.importlib.util, "find_spec", lambda name: None)
+    assert decoding.resolve_engine("auto") == "transformers"
+    monkeypatch.setattr(decoding.importlib.util, "find_spec", lambda name: object())
+    assert decoding.resolve_engine("auto") == "vllm"
+    with pytest.raises(UserError, match="'llama'"):
+        decoding.resolve_engine("llama")
+
+
+def test_sampling_impossible_value_is_refused() -> None:
+    with pytest.raises(UserError, match=r"top_p.*found 0"):
+        Sampling(top_p=0)
