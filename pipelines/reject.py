@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipelines.shards import Counters, Shard
 from pipelines.tables import by_prompt
 from rso import config
-from rso.rejection import Selection, select
+from rso.rejection import Selection, acceptance_probabilities, select
 from rso.statistics import effective_sample_size
 from schemas import SCHEMAS
 
