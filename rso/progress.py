@@ -8,7 +8,7 @@ from typing import Any
 QUIET_SECONDS = 2.0
 
 
-class progress:  # noqa: N801 - used as `with progress(...) as bar`
+class progress:
     """A bar with rate and time left for `total` units; it shows once two seconds have passed."""
 
     def __init__(self, what: str, *, total: int, unit: str) -> None:

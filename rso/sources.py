@@ -132,7 +132,7 @@ def prepare(settings: Prepare, *, seed: int, count_tokens: TokenCounter | None =
         UserError: a file is missing, empty or not what it is said to be, a mapped field is in no
             row, or no row at all is left.
     """
-    _check_settings(settings)
+    check_settings(settings)
     parsed: list[Example | Refusal] = []
     for index, source in enumerate(settings.sources):
         limit = settings.max_prompt_tokens if count_tokens is not None else None
@@ -396,7 +396,8 @@ def _lines(path: Path, source: Source) -> Iterator[tuple[int, str]]:
             yield line, text
 
 
-def _check_settings(settings: Prepare) -> None:
+def check_settings(settings: Prepare) -> None:
+    """Raise `UserError` for settings of `prepare` that contradict each other."""
     if not settings.sources:
         raise UserError("prepare.sources is empty; name at least one file.")
     names = Counter(source.name for source in settings.sources)
