@@ -5,6 +5,7 @@ from pipelines.decode import Decoding
 from rso.decoding import Sampling
 from rso.errors import UserError
 from stages.context import Context, Outcome
+from stages.prompts import choose_prompts
 
 
 def run(context: Context) -> Outcome:
@@ -12,8 +13,8 @@ def run(context: Context) -> Outcome:
     settings = context.config.comparisons
     assert settings.labeller is not None, "the graph has compare only with a labeller"
     prompt_ids = [
-        *context.choose_prompts("train", settings.num_prompts),
-        *context.choose_prompts("validation", settings.num_validation_prompts),
+        *choose_prompts(context, "train", settings.num_prompts),
+        *choose_prompts(context, "validation", settings.num_validation_prompts),
     ]
     decoding = Decoding(
         label="compare",

@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from pipelines.shards import Counters, Dataset, Plan, ShardFunction, map_shards
-from rso import seeds
 from rso.artifact import Artifact, Work
 from rso.config import Beam, Config
-from rso.errors import UserError
 from rso.parquet import num_shards, read_shard
 
 Curve = list[dict[str, float]]
@@ -83,24 +81,3 @@ class Context:
             targets = {schema: Dataset(f"{self.work.scratch}/{scratch_output}", schema)}
         plan = Plan(label, sources, targets, f"{self.work.scratch}/counters", total)
         return map_shards(function, plan, self.beam)
-
-    def choose_prompts(self, split: str, count: int | None) -> list[str]:
-        """Return the ids of `count` prompts of a split, the same ones for the same seed.
-
-        A larger count gives a superset. Raises `UserError` when the split is empty.
-        """
-        prompts = self.table("prompts", ["prompt_id", "split"])
-        ids = [
-            prompt_id
-            for prompt_id, where in zip(
-                prompts["prompt_id"].to_pylist(), prompts["split"].to_pylist(), strict=True
-            )
-            if where == split
-        ]
-        if not ids:
-            raise UserError(
-                f"{self.stage}: the {split} split holds no prompts, expected at least one; "
-                "raise the share in prepare.split or give more data."
-            )
-        order = seeds.order(ids, "choose", self.config.seed, split)
-        return sorted(ids[int(i)] for i in order[:count])

@@ -4,12 +4,13 @@ from pipelines.decode import DecodeShard, Decoding, longest_prompt
 from rso.decoding import Sampling
 from rso.models import load_tokenizer
 from stages.context import Context, Outcome
+from stages.prompts import choose_prompts
 
 
 def run(context: Context) -> Outcome:
     """Decode the chosen training prompts; n samples of a prompt come from one prefill."""
     settings = context.config.decode
-    prompt_ids = context.choose_prompts("train", settings.num_prompts)
+    prompt_ids = choose_prompts(context, "train", settings.num_prompts)
     decoding = Decoding(
         label="decode",
         model=context.directory("reference"),

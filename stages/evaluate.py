@@ -13,6 +13,7 @@ from rso.evaluation import metrics
 from rso.labelling import labeller
 from rso.parquet import num_shards, read_shard, write_shard
 from stages.context import Context, Outcome
+from stages.prompts import choose_prompts
 
 SYSTEMS = ("policy", "reference")
 
@@ -21,7 +22,7 @@ def run(context: Context) -> Outcome:
     """Decode both systems, judge every pair of answers by every judge, and sum up."""
     config = context.config
     settings = config.evaluate
-    prompt_ids = context.choose_prompts(settings.split, settings.num_prompts)
+    prompt_ids = choose_prompts(context, settings.split, settings.num_prompts)
     counters: Counters = {}
     for system in SYSTEMS:
         counters |= context.map(

@@ -73,12 +73,12 @@ class Ran:
 
 
 class Graph:
-    """The stages of one config over one store."""
+    """The stages of one config over one store, as the store was when each was first looked up."""
 
     def __init__(self, config: Config, store: Store) -> None:
         self.config, self.store = config, store
         self.table = {stage.name: stage for stage in stages(config)}
-        self._found: dict[str, Artifact] = {}
+        self._found: dict[str, Artifact | None] = {}
         self._externals: dict[str, Any] = {}
 
     def stage(self, name: str) -> Stage:
@@ -99,12 +99,11 @@ class Graph:
         """Return the current artifact of a stage, or None if it or one above has yet to run."""
         if name not in self._found:
             stage = self.table[name]
-            if self.missing(stage):
-                return None
-            artifact = self.store.find(name, self.recipe(stage).fingerprint)
-            if artifact is None:
-                return None
-            self._found[name] = artifact
+            self._found[name] = (
+                None
+                if self.missing(stage)
+                else self.store.find(name, self.recipe(stage).fingerprint)
+            )
         return self._found[name]
 
     def recipe(self, stage: Stage, given: Mapping[str, str] | None = None) -> Recipe:

@@ -14,6 +14,7 @@ from rso.ranking import Comparison
 from rso.templates import encode_prompt
 from rso.training.policy import PolicyPair, train_policy
 from stages.context import Context, Outcome
+from stages.prompts import choose_prompts
 
 FIELDS = PolicyPair._fields
 
@@ -56,7 +57,7 @@ def _win_rate(context: Context) -> Callable[[Any], float]:
     """Return a function of a model: its win rate against the human line under the ranker."""
     config = context.config
     prompts = context.table("prompts")
-    chosen = context.choose_prompts("validation", None)
+    chosen = choose_prompts(context, "validation", None)
     rows = [row for row in select_ids(prompts, chosen).to_pylist() if row["target"] is not None]
     rows = rows[: config.train_policy.num_validation_prompts]
     if not rows:

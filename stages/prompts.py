@@ -1,0 +1,27 @@
+"""Which prompts a stage works on."""
+
+from rso import seeds
+from rso.errors import UserError
+from stages.context import Context
+
+
+def choose_prompts(context: Context, split: str, count: int | None) -> list[str]:
+    """Return the ids of `count` prompts of a split, all if None, the same ones for the same seed.
+
+    A larger count gives a superset. Raises `UserError` when the split is empty.
+    """
+    prompts = context.table("prompts", ["prompt_id", "split"])
+    ids = [
+        prompt_id
+        for prompt_id, where in zip(
+            prompts["prompt_id"].to_pylist(), prompts["split"].to_pylist(), strict=True
+        )
+        if where == split
+    ]
+    if not ids:
+        raise UserError(
+            f"{context.stage}: the {split} split holds no prompts, expected at least one; "
+            "raise the share in prepare.split or give more data."
+        )
+    order = seeds.order(ids, "choose", context.config.seed, split)
+    return sorted(ids[int(i)] for i in order[:count])
