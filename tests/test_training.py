@@ -383,46 +383,72 @@ def test_same_seed_gives_the_same_weights(tiny_llama_dir: str, tmp_path: Path) -
 
 
 INTERRUPTED: dict[str, Any] = {"epochs": 4, "schedule": "linear", "checkpoint_steps": 2}
-KILLED = """
+KILLED_WHILE_SAVING = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from transformers import Trainer
-from rso.training.base import PrefixTrainer
 import test_training
 
-save, save_inside = PrefixTrainer._save_checkpoint, Trainer._save_checkpoint
-def save_then_die(self, model, trial):
+save = Trainer._save_checkpoint
+def save_and_die(self, model, trial):
     save(self, model, trial)
-    if self.state.global_step == {kill_after}:
+    if self.state.global_step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-def die_in_saving(self, model, trial):
-    save_inside(self, model, trial)
-    if self.state.global_step == {kill_within}:
-        os.kill(os.getpid(), signal.SIGKILL)
-PrefixTrainer._save_checkpoint = save_then_die
-Trainer._save_checkpoint = die_in_saving
+Trainer._save_checkpoint = save_and_die
 test_training.run_sft({base!r}, Path({directory!r}), **test_training.INTERRUPTED)
 """
 
 
-@pytest.mark.parametrize(("moment", "resumed"), [("kill_after", 4), ("kill_within", 2)])
-def test_killed_training_goes_on_to_the_same_weights(
-    tiny_llama_dir: str, tmp_path: Path, moment: str, resumed: int
+def test_training_killed_while_saving_goes_on_to_the_same_weights(
+    tiny_llama_dir: str, tmp_path: Path
 ) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    moments = {"kill_after": 0, "kill_within": 0} | {moment: 4}
-    script = KILLED.format(
-        tests=str(Path(__file__).parent), base=tiny_llama_dir, directory=str(killed), **moments
+    tests = Path(__file__).parent
+    script = KILLED_WHILE_SAVING.format(
+        tests=str(tests), base=tiny_llama_dir, directory=str(killed)
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tests.parent)
     assert done.returncode == -signal.SIGKILL
+    assert (killed / "work" / "partial" / "checkpoint-4").exists()
     checkpoint = last_checkpoint(killed / "work")
-    assert checkpoint is not None and checkpoint.name == f"checkpoint-{resumed}"
+    assert checkpoint is not None and checkpoint.name == "checkpoint-2"
     after = run_sft(tiny_llama_dir, killed, **INTERRUPTED)
     plain = run_sft(tiny_llama_dir, whole, **INTERRUPTED)
     assert_same_weights(killed, whole)
     assert [e["loss"] for e in after.curve] == [e["loss"] for e in plain.curve]
+
+
+def test_interrupted_policy_keeps_its_evaluations_and_its_best_checkpoint(
+    tiny_llama_dir: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rates = [0.9, 0.1, None, 0.5, 0.2]
+    calls: list[float | None] = []
+
+    def evaluate(model: PreTrainedModel) -> float:
+        calls.append(rates[len(calls)])
+        if calls[-1] is None:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    changes: dict[str, Any] = {"num_evaluations": 4, "checkpoint_steps": 3, "evaluate": evaluate}
+    with pytest.raises(KeyboardInterrupt):
+        run_policy(tiny_llama_dir, tiny_tokenizer, tmp_path, **changes)
+    result = run_policy(tiny_llama_dir, tiny_tokenizer, tmp_path, **changes)
+    assert [(e.step, e.win_rate) for e in result.evaluations] == [
+        (2, 0.9), (4, 0.1), (6, 0.5), (8, 0.2)
+    ]  # fmt: skip
+    assert result.selected_step == 2 and result.step_zero_difference is None
+    whole = tmp_path / "whole"
+    falling = iter([0.9, 0.5, 0.3, 0.1])
+    run_policy(
+        tiny_llama_dir,
+        tiny_tokenizer,
+        whole,
+        evaluate=lambda model: next(falling),
+        num_evaluations=4,
+    )
+    assert_same_weights(tmp_path, whole)
 
 
 def test_half_a_checkpoint_is_not_used(tmp_path: Path) -> None:

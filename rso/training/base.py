@@ -93,6 +93,8 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         self.pad_id = int(tokenizer.pad_token_id)
         self.work_directory = Path(work_directory)
         self._figures: dict[str, float] = {}
+        self._started = time.monotonic()
+        self._current_ids: list[str] = []
         super().__init__(model=model, args=arguments, train_dataset=steps, data_collator=_only)
         self.remove_callback(PrinterCallback)
         self._checkpoint_steps = settings.checkpoint_steps
@@ -131,8 +133,9 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         Raises:
             TrainingDiverged: a micro-batch has a loss that is not finite.
         """
-        started = time.monotonic()
+        self._started = time.monotonic()
         step: Step[ExampleT] = inputs["step"]
+        self._current_ids = step.prompt_ids
         model.train()
         figures: dict[str, float] = {}
         losses = []
@@ -146,14 +149,12 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         self._check_finite(total.tolist(), step)
         self._figures = {name: value / step.num_items for name, value in figures.items()}
         self._figures |= {"num_items": step.num_items, "num_tokens": step.num_tokens}
-        self._figures["seconds"] = time.monotonic() - started
-        self._current_ids = step.prompt_ids
         return total.sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of the step to its entry in the history."""
         if "loss" in logs:
-            logs.update(self._figures)
+            logs.update(self._figures, seconds=time.monotonic() - self._started)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
