@@ -69,26 +69,28 @@ class VllmDecoder:
     ) -> list[list[Decoded]]:
         """See `Decoder.decode`; raises `UserError` for a prompt without room (`check_room`)."""
         require_room(requests, self.context_length, sampling.max_new_tokens)
+        if not requests:
+            return []
         parameters = self._parameters(sampling)
         num_repeats = sampling.num_samples // parameters.n
-        finished: dict[str, list[Decoded]] = {}
+        finished: dict[int, list[Decoded]] = {}
         with self._lock:
             # what an earlier call cached would change how prefills are batched, and so rounding
             self._llm.reset_prefix_cache()
             torch.manual_seed(seeds.key("decode", seed, *(r.prompt_id for r in requests)))
             prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
-            keys = self._llm.enqueue(prompts, parameters, use_tqdm=False) if prompts else []
+            self._llm.enqueue(prompts, parameters, use_tqdm=False)
             while self._llm.llm_engine.has_unfinished_requests():
                 for output in self._llm.llm_engine.step():
                     if output.finished:
                         samples = sorted(output.outputs, key=lambda sample: sample.index)
                         responses = [self._finish(sample) for sample in samples] * num_repeats
-                        finished[output.request_id] = responses
+                        finished[int(output.request_id)] = responses
                         if progress is not None:
                             progress(len(responses))
-        # vLLM appends to the keys that it hands out, and counts requests in order
-        assert len(finished) == len(keys)
-        return [finished[key] for key in keys]
+        assert len(finished) == len(requests)
+        # vLLM numbers requests in the order in which they come
+        return [finished[number] for number in sorted(finished)]
 
     def close(self) -> None:
         """Stop the engine and free its memory."""
