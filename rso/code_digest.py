@@ -334,7 +334,7 @@ def _encode(node: Any) -> Any:
         return [type(node).__name__, kept]
     if isinstance(node, list):
         return [_encode(item) for item in node if not _does_nothing(item)]
-    assert node is None or type(node) in (str, int), f"unknown syntax field {node!r}"
+    assert node is None or type(node) in (str, int, bool), f"unknown syntax field {node!r}"
     return node
 
 
