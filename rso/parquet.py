@@ -76,6 +76,9 @@ def read_shard(
     path = f"{directory.rstrip('/')}/{shard_name(index, num_shards)}"
     table = read_parquet(path)
     check(table, name, path)
+    # Parquet adds its own field ids to the metadata; what is read has the schema itself.
+    schema = SCHEMAS[name]
+    table = pa.Table.from_arrays(table.select(schema.names).columns, schema=schema)
     return table.select(list(columns)) if columns is not None else table
 
 
