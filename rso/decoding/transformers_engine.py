@@ -4,6 +4,10 @@ Prompts are decoded in *waves* of similar length. What all prompts of a call beg
 template's system message) is computed once, the rest of each prompt once, and the samples read
 their prompt's keys in place (`shared_prompt`). A finished sample leaves the batch at once.
 
+On one busy core a 135M model in bf16 gave 294 tokens/s for 8 prompts x 16 samples of up to 24
+tokens (`generate`: 49; vLLM eager, 8 x 8: 99 against 250 here), and 67 for 32 prompts x 1
+(`generate`: 34), prompts of 107 tokens included.
+
 Samples are keyed: sample i of a prompt depends on (seed, prompt_id, i), the tokens and the model
 alone, not on neighbours, order or batch size, up to the rounding of the matrix products.
 """

@@ -31,8 +31,10 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-# Memory for keys and values on the CPU. An explicit size also spares the profiling run, which
-# together with eager mode halves the start (no compilation, no warm-up). It is filled as used.
+# Memory for keys and values on the CPU, touched as it is used. With an explicit size and without
+# compilation vLLM needs no warm-up: a 135M model starts in 10-18 s on two busy cores instead of
+# 33-36 s. Compiled it decoded hardly faster (8 prompts x 8 samples on one core: 109 against 99
+# tokens/s, 80 at the first call).
 CPU_CACHE_BYTES = 2 << 30
 MAX_NUM_SEQS = 256
 
