@@ -12,7 +12,9 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -140,9 +142,10 @@ def load_causal(
                 gguf_file=gguf, dequantize=True
             )
     # Typed loosely: transformers wraps `to` and `eval` in ways that type checkers misread.
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation=attention, **options
-    )
+    with _quiet():
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation=attention, **options
+        )
     _clear_quantisation(model)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
@@ -162,7 +165,10 @@ def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerBase":
             f"model {location}: no tokenizer, expected one of {', '.join(VOCABULARY_FILES)} and "
             f"found {_what_is_at(directory)}; save the tokenizer beside the weights."
         )
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, gguf_file=gguf)
+    with _quiet():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, gguf_file=gguf
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model {location}: the tokenizer has no end-of-sequence token, so no response would "
@@ -256,6 +262,24 @@ def model_digest(directory: str | Path) -> str:
         elif path.suffix in (".jinja", ".model", ".txt"):
             digest.update(_canonical([path.name, _file_digest(path)]))
     return digest.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the bars of loading, one a shard and one a tensor, out of the stages' own progress."""
+    import transformers.modeling_gguf_pytorch_utils as gguf
+    from tqdm import tqdm
+    from transformers.utils import logging
+
+    shown, bar = logging.is_progress_bar_enabled(), gguf.tqdm
+    logging.disable_progress_bar()
+    gguf.tqdm = partial(tqdm, disable=True)
+    try:
+        yield
+    finally:
+        gguf.tqdm = bar
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _split(location: str | Path) -> tuple[Path, str | None]:
