@@ -15,8 +15,12 @@ from prefect.states import Completed, Failed
 
 from rso.artifact import Store
 from rso.config import load_config, resolve
-from stages.process import run_stage_process
+from stages.process import USER_MISTAKE, run_stage_process
 from stages.runner import Graph
+
+
+# The name of the state that says that the user's input, not a defect, stopped a stage.
+REFUSED = "Refused"
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="{stage}")
@@ -28,8 +32,10 @@ def run_stage_task(stage: str, config: str, overrides: list[str]) -> State[Any]:
         return Completed(name="Cached", message=f"{stage}: {artifact.directory}")
     get_run_logger().info("stage %s runs", stage)
     code = run_stage_process(stage, config, overrides)
+    if code == USER_MISTAKE:
+        return Failed(name=REFUSED, message=f"stage {stage}: see the error above.")
     if code:
-        return Failed(message=f"stage {stage} ended with exit code {code}; its message is above.")
+        return Failed(message=f"stage {stage} ended with exit code {code}, see above.")
     return Completed(message=stage)
 
 
@@ -44,5 +50,5 @@ def rso_full(config: str, overrides: list[str] | None = None) -> State[Any]:
     for name in Graph(settings, Store(settings.store)).table:
         state = run_stage_task(name, config, changes, return_state=True)
         if not state.is_completed():
-            return Failed(message=state.message)
+            return Failed(name=state.name, message=state.message)
     return Completed(message="every stage has its artifact")

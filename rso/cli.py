@@ -316,15 +316,11 @@ def _artifact(graph: "Graph", name: str) -> "Artifact":
 
 
 def _run_flow(config: Path, overrides: list[str]) -> None:
-    from flows import rso_full
+    from flows import REFUSED, rso_full
 
     state = rso_full(str(config), overrides, return_state=True)
     if not state.is_completed():
-        raise typer.Exit(_exit_code(state.message or ""))
-
-
-def _exit_code(message: str) -> int:
-    return 2 if "exit code 2" in message else 1
+        raise typer.Exit(2 if state.name == REFUSED else 1)
 
 
 def _print_results(graph: "Graph", as_json: bool, cached: set[str]) -> None:

@@ -5,7 +5,7 @@ import logging
 import sys
 import traceback
 
-from stages.process import die_with_parent
+from stages.process import DEFECT, USER_MISTAKE, die_with_parent
 
 
 def main() -> int:
@@ -30,10 +30,10 @@ def main() -> int:
         run_stage(Graph(config, Store(config.store)), arguments.stage)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_MISTAKE
     except Exception:
         traceback.print_exc()
-        return 1
+        return DEFECT
     return 0
 
 

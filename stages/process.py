@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 
 PR_SET_PDEATHSIG = 1
+# Exit codes of a stage: ours and the user's.
+DEFECT, USER_MISTAKE = 1, 2
 
 
 def stage_command(stage: str, config: str, overrides: Sequence[str]) -> list[str]:
