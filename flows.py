@@ -18,7 +18,6 @@ from rso.config import load_config, resolve
 from stages.process import USER_MISTAKE, run_stage_process
 from stages.runner import Graph
 
-
 # The name of the state that says that the user's input, not a defect, stopped a stage.
 REFUSED = "Refused"
 
