@@ -310,10 +310,11 @@ class Config(Section):
 
     def view(self, sections: Sequence[str]) -> "Config":
         """Return a copy that holds only `sections`; reading any other raises AttributeError."""
-        return Config.model_construct(
-            _fields_set=set(sections),
-            **{name: getattr(self, name) for name in sections},
-        )
+        view = self.model_copy()
+        # Not `model_construct`, which would show the defaults of what is hidden.
+        for name in set(view.__dict__) - set(sections):
+            del view.__dict__[name]
+        return view
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
