@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from rso.allocator import keep_freed_memory
 from rso.artifact import Artifact, Store
 from rso.code_digest import CodeDigest, code_digest
 from rso.config import Config, identity
@@ -223,6 +224,7 @@ def _run(
         work,
         graph.config.beam,
     )
+    keep_freed_memory()
     started = time.monotonic()
     outcome = importlib.import_module(f"stages.{stage.module}").run(context)
     return work.commit(
