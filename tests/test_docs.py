@@ -34,7 +34,7 @@ def snippets() -> Iterator[Any]:
             yield pytest.param(block, id=f"{page.name}-{number}")
 
 
-@pytest.mark.parametrize("block", snippets())
+@pytest.mark.parametrize("block", list(snippets()))
 def test_yaml_snippet_is_accepted_as_settings(block: str, tmp_path: Path) -> None:
     """A block is a whole config, some sections of one, or a list of sources."""
     data = yaml.safe_load(block)
@@ -53,6 +53,6 @@ def links() -> Iterator[Any]:
                 yield pytest.param(page, target, id=f"{page.name}-{target}")
 
 
-@pytest.mark.parametrize(("page", "target"), links())
+@pytest.mark.parametrize(("page", "target"), list(links()))
 def test_link_leads_to_a_file(page: Path, target: str) -> None:
     assert (page.parent / target.partition("#")[0]).exists(), f"{page}: {target}"
