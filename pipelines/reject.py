@@ -27,7 +27,9 @@ class RejectShard:
     def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
         """Return every candidate with its verdict; rows join on ids, never on position."""
         texts = tables["candidates"].select(["prompt_id", "response_id", "response"])
-        joined = tables["rewards"].join(texts, ["prompt_id", "response_id"], join_type="inner")
+        # Arrow joins no maps, and `objectives` is one.
+        rewards = tables["rewards"].select(["prompt_id", "response_id", "reward"])
+        joined = rewards.join(texts, ["prompt_id", "response_id"], join_type="inner")
         joined = joined.sort_by([("prompt_id", "ascending"), ("response_id", "ascending")])
         if len(joined) != len(tables["rewards"]) or len(joined) != len(texts):
             raise ValueError(
