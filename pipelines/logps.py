@@ -33,7 +33,12 @@ class PolicySource:
 
     def load(self) -> Policy:
         """Return the model, in evaluation mode, and its tokenizer."""
-        model = load_causal(self.model, dtype=self.compute.dtype, device=self.compute.device)
+        model = load_causal(
+            self.model,
+            dtype=self.compute.dtype,
+            device=self.compute.device,
+            attention=self.compute.attention,
+        )
         return Policy(model, load_tokenizer(self.model))
 
 

@@ -29,6 +29,8 @@ class RankerSource:
             self.templates,
             dtype=self.compute.dtype,
             token_budget=self.compute.token_budget,
+            device=self.compute.device,
+            attention=self.compute.attention,
         )
 
 

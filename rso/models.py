@@ -126,11 +126,16 @@ def load_causal(
 ) -> "PreTrainedModel":
     """Return the causal model at `location` in evaluation mode, dense, in `dtype` on `device`.
 
+    Device `auto` is cuda where there is one.
+
     Raises:
         UserError: no model is there, or it is no decoder-only model.
     """
+    import torch
     import transformers
 
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     directory, gguf = _split(location)
     load_config(location)
     options: dict[str, Any] = {}
