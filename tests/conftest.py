@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import system
 from transformers import PreTrainedTokenizerBase
 
 CORPUS = [
@@ -102,3 +103,21 @@ def tiny_ranker_dir(
 ) -> str:
     """A tiny ranker: the same shape and tokenizer, other weights."""
     return make_llama(tmp_path_factory.mktemp("tiny-ranker"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_llama_dir: str, tmp_path_factory: pytest.TempPathFactory) -> system.Run:
+    """The config of a tiny run over an empty store of its own; sources as in `system`."""
+    folder = tmp_path_factory.mktemp("tiny-run")
+    data = system.write_jsonl(folder / "questions.jsonl", system.examples() + system.bad_rows())
+    sources = [system.demonstrations(data)]
+    store = folder / "store"
+    settings = system.settings(tiny_llama_dir, store, sources)
+    return system.Run(system.write_config(folder / "tiny.yaml", settings), store)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_run: system.Run) -> system.Run:
+    """The tiny run with every stage done; tests read it and change only copies."""
+    system.run_all(tiny_run.config())
+    return tiny_run
