@@ -89,11 +89,9 @@ def read_parquet(path: str) -> pa.Table:
         UnreadableShard: the file is missing or broken.
     """
     try:
-        if "://" in path:
-            with fsspec.open(path, "rb") as file:
-                return pq.read_table(file, page_checksum_verification=True)
+        source = _fetch(path) if "://" in path else path
         # ParquetFile, as `read_table` would make columns of folder names such as `a=b`.
-        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as parquet:
+        with pq.ParquetFile(source, memory_map=True, page_checksum_verification=True) as parquet:
             return parquet.read()
     except (OSError, pa.ArrowException) as error:
         raise UnreadableShard(
@@ -135,6 +133,19 @@ def complete_shards(names: Sequence[str], where: str) -> list[str]:
             "dataset."
         )
     return shards
+
+
+def _fetch(url: str) -> pa.BufferReader:
+    """Return the bytes of a remote file in Arrow's own memory.
+
+    Arrow's threads, given a Python file, may still want the interpreter while it ends: the process
+    then aborts although its work is done.
+    """
+    sink = pa.BufferOutputStream()
+    with fsspec.open(url, "rb") as file:
+        while block := file.read(1 << 20):
+            sink.write(block)
+    return pa.BufferReader(sink.getvalue())
 
 
 def _names(directory: str) -> list[str]:

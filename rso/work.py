@@ -128,12 +128,11 @@ class Work:
 
     def _outputs(self) -> list[str]:
         """Return the output directories, rid of what killed writers left behind."""
-        names = sorted(os.listdir(self.directory))
-        paths = [os.path.join(self.directory, name) for name in names if name != SCRATCH]
+        for name in filter(is_temporary, walk(self.directory)):
+            os.remove(os.path.join(self.directory, name))
+        names = sorted(name for name in os.listdir(self.directory) if name != SCRATCH)
+        paths = [os.path.join(self.directory, name) for name in names]
         outputs = [path for path in paths if os.path.isdir(path)]
-        for folder, _, files in (entry for path in outputs for entry in os.walk(path)):
-            for name in filter(is_temporary, files):
-                os.remove(os.path.join(folder, name))
         assert outputs, f"{self.stage}: committed without any output"
         return outputs
 

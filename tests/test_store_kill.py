@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def test_store_killed_holder_is_followed_by_the_one_that_waits(root: str, start:
     whole(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_store_sigkill_at_random_moments_leaves_no_half_artifact(
     root: str, start: Start, seed: int
@@ -122,6 +124,36 @@ def test_store_run_after_a_kill_writes_only_what_is_missing(root: str, start: St
     assert {"kept 0", "kept 1"} <= set(printed)
     assert {"wrote 3", "wrote 4", "wrote 5", "committed"} <= set(printed)
     whole(root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("root", "step"), [("local", 7), ("bucket", 31)], indirect=["root"])
+def test_store_sigkill_at_many_file_operations_loses_nothing(
+    root: str, step: int, tmp_path: Path
+) -> None:
+    def run(action: str, number: int) -> "subprocess.CompletedProcess[str]":
+        script = str(Path(SCRIPT).with_name("store_kill_points.py"))
+        return subprocess.run(
+            [sys.executable, script, root, action, str(number), str(tmp_path / "old")],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=os.environ | {"RSO_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        )
+
+    moment = 1
+    while True:
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        assert run("build", 0).returncode == 0
+        shutil.copy(tmp_path / "store" / STAGE / FINGERPRINT / "manifest.json", tmp_path / "old")
+        killed = run("kill", moment)
+        if killed.returncode == 0:
+            break
+        assert killed.returncode == -signal.SIGKILL, (moment, killed.stderr)
+        checked = run("check", 0)
+        assert checked.returncode == 0, (moment, checked.stderr)
+        moment += step
+    assert moment > 6 * step
 
 
 @pytest.mark.parametrize("root", ["bucket"], indirect=True)
