@@ -15,10 +15,7 @@ from rso.artifact import Artifact, Store
 from rso.config import Config, load_config, resolve
 from stages.runner import Graph, run_stage
 
-WORDS = (
-    "list file lines numbers error value empty question answer text words dog fox sum raise open "
-    "read return good bad"
-).split()
+WORDS = ["list", "file", "lines", "numbers", "error", "value", "empty", "question", "answer", "fox"]
 NUM_GOOD = 60
 SEED = 7
 
@@ -182,6 +179,11 @@ class Run:
         """Return this run over a copy of its bytes."""
         shutil.copytree(self.store, store)
         return Run(self.path, store)
+
+
+def override(key: str, value: Any) -> str:
+    """Return `--set` text for any value; JSON is YAML."""
+    return f"{key}={json.dumps(value)}"
 
 
 def statuses(run: Run, *overrides: str) -> dict[str, str]:
