@@ -25,7 +25,12 @@ $(READY): requirements/cpu.txt requirements/dev.txt pyproject.toml scripts/setup
 	@PYTHON="$(PYTHON)" bash scripts/setup.sh $(VENV)
 	@touch $@
 
-demo: $(READY)  ## run configs/quickstart.yaml from raw text to an evaluated policy
+# The words of the demo: this Python's own docstrings, so nothing is downloaded.
+DATA := data/stdlib_docstrings.jsonl
+$(DATA): examples/stdlib_docstrings.py | $(READY)
+	@$(BIN)/python $< $@
+
+demo: $(READY) $(DATA)  ## run configs/quickstart.yaml from raw text to an evaluated policy
 	@$(BIN)/rso run $(CONFIG)
 
 test: $(READY)  ## tests that fit in ten minutes, without network
@@ -45,7 +50,7 @@ format: $(READY)  ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## run every script in benchmarks/
+bench: $(READY) $(DATA)  ## run every script in benchmarks/
 	@for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
 

@@ -42,6 +42,7 @@ class Decoding:
             self.engine,
             self.model,
             dtype=self.compute.dtype,
+            device=self.compute.device,
             max_model_len=longest + self.sampling.max_new_tokens if longest else None,
         )
         return Engine(decoder, load_tokenizer(self.model))

@@ -37,6 +37,9 @@ SetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="Override one setting, e.g. --set reject.beta=0.25."
     ),
 ]
+VerifyOption = Annotated[
+    bool, typer.Option("--verify", help="Check every byte of what is reused; sizes always are.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 DEFAULT_CONFIG = Path("configs/quickstart.yaml")
 
@@ -52,13 +55,14 @@ def _options(
 def run(
     config: ConfigArgument = DEFAULT_CONFIG,
     set_: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
+    verify_bytes: VerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage that has something to do, then print the results.
 
     A finished run answers from the store at once. A killed run goes on where it stopped.
     """
-    graph = _graph(config, set_)
+    graph = _graph(config, set_, verify=verify_bytes)
     planned = _plan(graph)
     cached = {p.stage.name for p in planned if p.status == "cached"}
     if len(cached) < len(planned):
@@ -171,13 +175,15 @@ def show(
         _print_json(found.manifest.model_dump(mode="json"))
         return
     console = _console()
-    console.print(f"[bold]{found.stage}[/] {found.fingerprint}\n{found.directory}")
+    console.print(f"[bold]{found.stage}[/] {found.fingerprint}\n{found.directory}", soft_wrap=True)
     for counter, value in found.manifest.counters.items():
         console.print(f"  {counter:32} {value:,.6g}")
     for dataset, count in found.manifest.rows.items():
         if output and dataset != output:
             continue
-        console.print(f"\n[bold]{dataset}[/]: {count:,} rows in {found.output(dataset)}")
+        console.print(
+            f"\n[bold]{dataset}[/]: {count:,} rows in {found.output(dataset)}", soft_wrap=True
+        )
         for row in found.read(dataset).slice(0, rows).to_pylist():
             console.print(_short(row))
 
@@ -246,7 +252,7 @@ def verify(
     bad = sum(bool(found) for found in problems.values())
     typer.echo(f"{len(artifacts) - bad} artifacts are whole, {bad} are not")
     if bad:
-        typer.echo("the next `rso run` sets aside what it would use and builds it again")
+        typer.echo("`rso run --verify` sets aside what it would use and builds it again")
         raise typer.Exit(1)
 
 
@@ -279,13 +285,13 @@ def main() -> None:
         sys.exit(1)
 
 
-def _graph(config: Path, overrides: list[str]) -> "Graph":
+def _graph(config: Path, overrides: list[str], *, verify: bool = False) -> "Graph":
     from rso.artifact import Store
     from rso.config import load_config, resolve
     from stages.runner import Graph
 
     settings = resolve(load_config(config, overrides))
-    return Graph(settings, Store(settings.store))
+    return Graph(settings, Store(settings.store), verify=verify)
 
 
 def _store(config: Path, overrides: list[str]) -> "Store":

@@ -184,12 +184,18 @@ class TrainRanker(Optimisation):
         "reference", description="`reference` for the SFT policy, or a model source."
     )
     folds: tuple[int, ...] = Field((0,), description="Prompt folds whose comparisons are used.")
-    num_folds: Count = Field(1, description="Folds that the prompts are hashed into.")
+    num_folds: Count = Field(2, description="Folds that the prompts are hashed into.")
     max_comparisons: Count | None = Field(None, description="Use at most so many; null for all.")
     orders: Literal["both", "flip"] = Field(
         "both",
         description="Both orders of every pair in the loss, or one keyed random order.",
     )
+
+
+class TrainGoldRanker(TrainRanker):
+    """Training of the gold ranker, on prompts that the ranker has not seen."""
+
+    folds: tuple[int, ...] = Field((1,), description="Prompt folds whose comparisons are used.")
 
 
 class Decode(Section):
@@ -293,7 +299,9 @@ class Config(Section):
     train_sft: TrainSft = Field(default_factory=TrainSft, description="Reference policy.")
     comparisons: Comparisons = Field(default_factory=Comparisons, description="Comparisons.")
     train_ranker: TrainRanker = Field(default_factory=TrainRanker, description="Ranker.")
-    train_gold_ranker: TrainRanker = Field(default_factory=TrainRanker, description="Gold ranker.")
+    train_gold_ranker: TrainGoldRanker = Field(
+        default_factory=TrainGoldRanker, description="Gold ranker."
+    )
     decode: Decode = Field(default_factory=Decode, description="Candidates.")
     score: Score = Field(default_factory=Score, description="Rewards.")
     reject: Reject = Field(default_factory=Reject, description="Algorithm 1.")

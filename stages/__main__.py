@@ -12,8 +12,6 @@ def main() -> int:
     """Run the stage; 2 is the user's mistake, 1 ours."""
     die_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    # Beam warns of a cloud library that nothing here uses, at every start.
-    logging.getLogger().handlers[0].addFilter(lambda record: "apitools" not in record.getMessage())
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
     parser.add_argument("stage", help="name of the stage, see `rso plan`")
     parser.add_argument("--config", required=True, help="YAML file")

@@ -74,10 +74,13 @@ class Ran:
 
 
 class Graph:
-    """The stages of one config over one store, as the store was when each was first looked up."""
+    """The stages of one config over one store, as the store was when each was first looked up.
 
-    def __init__(self, config: Config, store: Store) -> None:
-        self.config, self.store = config, store
+    With `verify` every artifact's bytes are checked, and what fails is set aside.
+    """
+
+    def __init__(self, config: Config, store: Store, *, verify: bool = False) -> None:
+        self.config, self.store, self._verify = config, store, verify
         self.table = {stage.name: stage for stage in stages(config)}
         self._found: dict[str, Artifact | None] = {}
         self._externals: dict[str, Any] = {}
@@ -103,7 +106,7 @@ class Graph:
             self._found[name] = (
                 None
                 if self.missing(stage)
-                else self.store.find(name, self.recipe(stage).fingerprint)
+                else self.store.find(name, self.recipe(stage).fingerprint, verify=self._verify)
             )
         return self._found[name]
 

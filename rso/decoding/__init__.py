@@ -150,12 +150,18 @@ def resolve_engine(engine: str) -> str:
 
 
 def load_decoder(
-    engine: str, directory: str, *, dtype: str = "bfloat16", max_model_len: int | None = None
+    engine: str,
+    directory: str,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    max_model_len: int | None = None,
 ) -> Decoder:
     """Return the decoder of a model directory in Hugging Face format.
 
     `max_model_len` (longest prompt + max_new_tokens) bounds what vLLM reserves for one sequence;
-    None takes the model's whole context. An engine that cannot start raises `UserError` with the
+    None takes the model's whole context. `device` is for the transformers engine; vLLM's build
+    decides its own. An engine that cannot start raises `UserError` with the
     cause and the engine to use instead.
     """
     if resolve_engine(engine) == "vllm":
@@ -164,5 +170,5 @@ def load_decoder(
         return VllmDecoder(directory, dtype=dtype, max_model_len=max_model_len)
     from rso.decoding.transformers_engine import load
 
-    loaded: Decoder = load(directory, dtype=dtype)
+    loaded: Decoder = load(directory, dtype=dtype, device=device)
     return loaded

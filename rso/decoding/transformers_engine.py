@@ -52,11 +52,10 @@ LIVE_SHARE = 0.75
 AttentionInterface.register(ATTENTION, attention)
 
 
-def load(directory: str, *, dtype: str = "bfloat16") -> "TransformersDecoder":
-    """Return the decoder of a model directory, on the accelerator if there is one."""
+def load(directory: str, *, dtype: str = "bfloat16", device: str = "auto") -> "TransformersDecoder":
+    """Return the decoder of a model directory on `device`, auto being cuda where there is one."""
     from rso.models import load_causal, load_tokenizer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_causal(directory, dtype=getattr(torch, dtype), device=device)
     return TransformersDecoder(model, load_tokenizer(directory))
 
