@@ -1,8 +1,9 @@
 """Keep freed memory in the process instead of handing it back to the kernel at every step.
 
-Tensors of some megabytes come and go thousands of times a step. By default glibc returns each to the
-kernel and faults it in again, page by page, which on virtual machines costs more than the mathematics:
-a training step of SmolLM2-135M on 2 cores took 6.3 to 16 s by default and 2.7 s with these settings.
+Tensors of some megabytes come and go thousands of times a step. By default glibc returns each to
+the kernel and faults it in again, page by page, which on virtual machines costs more than the
+mathematics: a training step of SmolLM2-135M (16 rows of 71 tokens, bf16 autocast, 2 cores) took
+6.3 to 16 s by default and 2.6 to 2.9 s with these settings.
 """
 
 import ctypes

@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,7 @@ class Run:
 
     path: Path
     store: Path
+    _found: dict[tuple[str, ...], Artifact] = field(default_factory=dict, compare=False, repr=False)
 
     def config(self, *overrides: str) -> Config:
         """Return the config with overrides; the store is this run's."""
@@ -159,10 +160,13 @@ class Run:
         return graph_of(self.config(*overrides))
 
     def artifact(self, stage: str, *overrides: str) -> Artifact:
-        """Return the current artifact of a stage."""
-        found = self.graph(*overrides).find(stage)
-        assert found is not None, f"{stage} has not run"
-        return found
+        """Return the artifact of a stage, looked up once."""
+        key = (stage, *overrides)
+        if key not in self._found:
+            found = self.graph(*overrides).find(stage)
+            assert found is not None, f"{stage} has not run"
+            self._found[key] = found
+        return self._found[key]
 
     def rows(self, place: str, *overrides: str) -> list[dict[str, Any]]:
         """Return the rows of `stage/output`."""
