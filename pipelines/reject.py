@@ -9,8 +9,12 @@ import pyarrow as pa
 from pipelines.shards import Counters, Shard
 from pipelines.tables import by_prompt
 from rso import config
-from rso.rejection import Selection, acceptance_probabilities, select
-from rso.statistics import effective_sample_size
+from rso.rejection import (
+    Selection,
+    acceptance_probabilities,
+    effective_sample_size,
+    select,
+)
 from schemas import SCHEMAS
 
 

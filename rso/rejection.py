@@ -124,6 +124,15 @@ def acceptance_probabilities(rewards: Rewards, beta: float) -> Floats:
         return probabilities
 
 
+def effective_sample_size(rewards: Rewards, beta: float) -> float:
+    """Kish's effective number (sum w)² / sum w² of n candidates weighted w = exp(reward / beta).
+
+    Between 1 and n: how many samples of π_r (eq. 4) the candidates of one prompt are worth.
+    """
+    weights = acceptance_probabilities(rewards, beta)
+    return float(weights.sum() ** 2 / (weights**2).sum()) if weights.size else 0.0
+
+
 def finite_rewards(rewards: Rewards, where: str, ids: Sequence[str] | None = None) -> Floats:
     """The rewards as float64 [n]; raises NonFiniteReward that names `where` and the candidate."""
     values = np.asarray(rewards, dtype=np.float64)

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from rso import seeds
-from rso.rejection import acceptance_probabilities
 
 Values = Sequence[float] | npt.NDArray[np.floating]
 Floats = npt.NDArray[np.float64]
@@ -103,15 +102,6 @@ def sign_test(values: Values, baseline: Values) -> float:
     tail = range(min(num_wins, num_decided - num_wins) + 1)
     # Logarithms, since binomial coefficients outgrow floats from about a thousand prompts.
     return min(1.0, 2 * math.fsum(math.exp(_log_fair_binomial(num_decided, k)) for k in tail))
-
-
-def effective_sample_size(rewards: Values, beta: float) -> float:
-    """Kish's effective number (sum w)² / sum w² of n candidates weighted w = exp(reward / beta).
-
-    Between 1 and n: how many samples of π_r (eq. 4) the candidates of one prompt are worth.
-    """
-    weights = acceptance_probabilities(rewards, beta)
-    return float(weights.sum() ** 2 / (weights**2).sum()) if weights.size else 0.0
 
 
 def _differences(where: str, values: Values, baseline: Values) -> Floats:

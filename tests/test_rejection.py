@@ -14,6 +14,7 @@ from rso.rejection import (
     NonFiniteReward,
     Selection,
     acceptance_probabilities,
+    effective_sample_size,
     rejection_sample,
     select,
 )
@@ -334,3 +335,22 @@ def test_select_collapsing_copies_records_one_probability_per_text(case: Case, b
     probabilities = _select(case, beta, "collapse").acceptance_probability
     recorded = set(zip(case.texts, probabilities.tolist(), strict=True))
     assert len(recorded) == len(set(case.texts))
+
+
+def test_effective_sample_size_at_its_ends() -> None:
+    rewards = [0.0, 1.0, 3.0, 3.0]
+    assert effective_sample_size(rewards, np.inf) == 4
+    assert effective_sample_size(rewards, 0) == 2
+    assert effective_sample_size([], 0.5) == 0
+    weights = np.exp([0.0, 2.0, 6.0, 6.0])
+    expected = weights.sum() ** 2 / (weights**2).sum()
+    assert effective_sample_size(rewards, 0.5) == pytest.approx(expected)
+
+
+@given(
+    st.lists(st.integers(-30, 30).map(float), min_size=1), st.floats(0.1, 10), st.integers(-9, 9)
+)
+def test_effective_sample_size_lies_within_1_and_n_and_ignores_shifts(rewards, beta, shift) -> None:
+    size = effective_sample_size(rewards, beta)
+    assert 1 - 1e-9 <= size <= len(rewards) + 1e-9
+    assert size == effective_sample_size([reward + shift for reward in rewards], beta)

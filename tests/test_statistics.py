@@ -8,7 +8,6 @@ from scipy import stats
 
 from rso.statistics import (
     bootstrap_mean,
-    effective_sample_size,
     paired_bootstrap_difference,
     sign_test,
     wilson,
@@ -131,22 +130,3 @@ def test_sign_test_of_many_prompts_is_finite() -> None:
     values = np.r_[np.ones(2_600), np.zeros(2_400)]
     expected = stats.binomtest(2_600, 5_000).pvalue
     assert sign_test(values, 1 - values) == pytest.approx(expected, rel=1e-6)
-
-
-def test_effective_sample_size_at_its_ends() -> None:
-    rewards = [0.0, 1.0, 3.0, 3.0]
-    assert effective_sample_size(rewards, np.inf) == 4
-    assert effective_sample_size(rewards, 0) == 2
-    assert effective_sample_size([], 0.5) == 0
-    weights = np.exp([0.0, 2.0, 6.0, 6.0])
-    expected = weights.sum() ** 2 / (weights**2).sum()
-    assert effective_sample_size(rewards, 0.5) == pytest.approx(expected)
-
-
-@given(
-    st.lists(st.integers(-30, 30).map(float), min_size=1), st.floats(0.1, 10), st.integers(-9, 9)
-)
-def test_effective_sample_size_lies_within_1_and_n_and_ignores_shifts(rewards, beta, shift) -> None:
-    size = effective_sample_size(rewards, beta)
-    assert 1 - 1e-9 <= size <= len(rewards) + 1e-9
-    assert size == effective_sample_size([reward + shift for reward in rewards], beta)
