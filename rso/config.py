@@ -421,10 +421,13 @@ def _apply(data: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     place = data
     for parent in parents:
-        child = place.setdefault(parent, {})
+        child = place.get(parent, {})
         if not isinstance(child, dict):
             raise UserError(f"--set {override}: {parent!r} is a value, it has no keys.")
-        place = child
+        # A copy: what a YAML alias names elsewhere too stays as it is there.
+        copied = dict(child)
+        place[parent] = copied
+        place = copied
     place[last] = yaml.safe_load(text)
 
 
