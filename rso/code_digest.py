@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,8 @@ def code_digest(
         CodeDigestError: a module does not exist, imports dynamically, or star-imports from the
             project; the message names file and line.
     """
-    project = _Project(root or Path(__file__).resolve().parents[1], packages)
+    root = root or Path(__file__).resolve().parents[1]
+    project = _project(root, packages, _state(root, packages))
     modules = {found.name: _module_digest(found) for found in project.closure(module)}
     digest = fingerprint(
         {"encoding": _ENCODING_FORMAT, "plumbing": PLUMBING_FORMAT, "modules": modules}
@@ -128,6 +129,7 @@ class _Project:
 
     def __init__(self, root: Path, packages: tuple[str, ...]) -> None:
         self._root, self._packages = root, packages
+        self._imports: dict[str, set[str]] = {}
 
     def closure(self, name: str) -> list[_Module]:
         """Return `name` and what it imports, directly or not, by name, plumbing left out."""
@@ -157,6 +159,11 @@ class _Project:
 
     def imports(self, module: _Module) -> set[str]:
         """Return the names of the project modules a module imports, parent packages included."""
+        if module.name not in self._imports:
+            self._imports[module.name] = self._read_imports(module)
+        return self._imports[module.name]
+
+    def _read_imports(self, module: _Module) -> set[str]:
         tree = _parse(module.path)
         imports = _Imports(self, module, refuse=not is_plumbing(module.name))
         imports.visit(tree)
@@ -183,6 +190,20 @@ class _Project:
             found = self.find(".".join(parts[:end]))
             if found is not None:
                 yield found
+
+
+def _state(root: Path, packages: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
+    """Return path, time and size of every source file of the packages."""
+    files = [root / f"{package}.py" for package in packages]
+    files += [path for package in packages for path in (root / package).rglob("*.py")]
+    stats = [(str(path), path.stat()) for path in sorted(files) if path.is_file()]
+    return tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
+
+
+@lru_cache(maxsize=4)
+def _project(root: Path, packages: tuple[str, ...], _state: object) -> _Project:
+    """Return the project as it is in `_state`: its imports are looked for once, not per stage."""
+    return _Project(root, packages)
 
 
 class _Imports(ast.NodeVisitor):
