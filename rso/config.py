@@ -343,7 +343,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"config {path}: not YAML: {error}") from None
+        raise UserError(f"config {path}: not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(data, dict):
         raise UserError(
             f"config {path}: expected a mapping of settings, found {type(data).__name__}."
@@ -428,7 +428,12 @@ def _apply(data: dict[str, Any], override: str) -> None:
         copied = dict(child)
         place[parent] = copied
         place = copied
-    place[last] = yaml.safe_load(text)
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"--set {override}: the value is not YAML: {' '.join(str(error).split())}; quote it."
+        ) from None
 
 
 def _problem(error: Any) -> str:

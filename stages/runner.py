@@ -14,13 +14,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 from rso.allocator import keep_freed_memory
-from rso.artifact import Artifact, Store
+from rso.artifact import Artifact, Store, digest_directory
 from rso.code_digest import CodeDigest, code_digest
 from rso.config import Config, identity
 from rso.errors import UserError
 from rso.fingerprint import fingerprint
 from rso.models import resolve as resolve_model
-from rso.work import Work, directory_digest
+from rso.work import Work
 from schemas import SCHEMAS
 from stages import Stage, stages
 
@@ -123,7 +123,7 @@ class Graph:
         for name, feed in stage.inputs.items():
             producer, output = feed.split("/")
             if name in given:
-                inputs[name] = directory_digest(given[name])
+                inputs[name] = digest_directory(given[name], output)
             else:
                 artifact = self.find(producer)
                 assert artifact is not None, f"{stage.name}: {feed} is missing"
