@@ -1,0 +1,78 @@
+"""Imports point one way, and light modules stay light."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = {
+    "apache_beam",
+    "fsspec",
+    "numpy",
+    "pandas",
+    "prefect",
+    "pyarrow",
+    "pydantic",
+    "rich",
+    "scipy",
+    "torch",
+    "transformers",
+    "typer",
+    "vllm",
+    "yaml",
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("schemas", {"pyarrow", "numpy"}),
+        ("rso.config", {"pydantic"}),
+        ("rso.rejection", {"numpy"}),
+        ("rso.pairing", {"numpy"}),
+        ("rso.statistics", {"numpy"}),
+        ("rso.seeds", {"numpy"}),
+        ("rso.ids", set()),
+        ("rso.cli", {"typer", "rich"}),
+        ("rso.artifact", {"pyarrow", "numpy", "pydantic", "fsspec", "pandas"}),
+        ("rso.losses", {"torch", "numpy"}),
+        ("stages", {"pydantic"}),
+        ("stages.process", {"pydantic"}),
+    ],
+)
+def test_import_of_a_module_brings_only_what_it_needs(module: str, allowed: set[str]) -> None:
+    code = f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.split()) <= allowed
+
+
+def test_layers_hold() -> None:
+    command = "from importlinter.cli import lint_imports_command as c; c(['--no-cache'])"
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
+
+
+def test_layers_can_fail(tmp_path: Path) -> None:
+    """A copy in which the method imports a pipeline is refused."""
+    for package in ("pipelines", "rso", "schemas", "stages"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=ignore)
+    shutil.copy(ROOT / "flows.py", tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "rso" / "losses.py").open("a") as file:
+        file.write("\nimport pipelines.shards\n")
+    command = "from importlinter.cli import lint_imports_command as c; c(['--no-cache'])"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, '.'); {command}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+    )
+    assert done.returncode == 1 and "rso.losses" in done.stdout, done.stdout + done.stderr
