@@ -26,11 +26,14 @@ ANCESTRAL = "ancestral"
 
 @dataclass(frozen=True)
 class GenerateShard:
-    """Prompts to `generations` of one system; log-probabilities are left null."""
+    """Prompts to `generations` of one system; log-probabilities are left null.
+
+    `prompt_ids` names the prompts of each way of sampling.
+    """
 
     decodings: Mapping[str, Decoding]
     system: str
-    prompt_ids: Sequence[str]
+    prompt_ids: Mapping[str, Sequence[str]]
 
     def setup(self) -> Engine:
         """Load the decoder; all ways of sampling share it."""
@@ -38,10 +41,10 @@ class GenerateShard:
 
     def __call__(self, engine: Engine, tables: Mapping[str, pa.Table]) -> Shard:
         """Return the generations of the shard's chosen prompts, by every way of sampling."""
-        prompts = select_ids(tables["prompts"], self.prompt_ids)
         rows = []
         counters = {}
         for sampling, decoding in self.decodings.items():
+            prompts = select_ids(tables["prompts"], self.prompt_ids[sampling])
             decoded = decoding.decode(engine, prompts)
             for name, count in response_counters(decoded).items():
                 counters[f"{self.system}_{sampling}_{name}"] = count

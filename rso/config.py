@@ -262,7 +262,9 @@ class Evaluate(Section):
     num_prompts: Count | None = Field(None, description="At most so many; null for all.")
     engine: Engine = Field("transformers", description="Decoding engine.")
     max_new_tokens: Count = Field(128, description="Longest answer.")
-    num_kl_samples: int = Field(1, ge=0, description="Untruncated samples a prompt for the KL.")
+    num_kl_prompts: int = Field(
+        64, ge=0, description="Prompts with one untruncated sample of the policy, for the KL."
+    )
 
 
 class Report(Section):

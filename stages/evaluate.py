@@ -23,11 +23,12 @@ def run(context: Context) -> Outcome:
     config = context.config
     settings = config.evaluate
     prompt_ids = choose_prompts(context, settings.split, settings.num_prompts)
+    chosen = {GREEDY: prompt_ids, ANCESTRAL: prompt_ids[: settings.num_kl_prompts]}
     counters: Counters = {}
     for system in SYSTEMS:
         counters |= context.map(
             f"generate {system}",
-            GenerateShard(_decodings(context, system), system, prompt_ids),
+            GenerateShard(_decodings(context, system), system, chosen),
             inputs=["prompts"],
             outputs=["generations"],
             scratch_output=system,
@@ -69,13 +70,13 @@ def _decodings(context: Context, system: str) -> dict[str, Decoding]:
         sampling=Sampling(temperature=0.0, top_k=0, max_new_tokens=settings.max_new_tokens),
         seed=context.config.seed,
     )
-    if system == "reference" or not settings.num_kl_samples:
+    if system == "reference" or not settings.num_kl_prompts:
         return {GREEDY: greedy}
     # KL(policy || reference) needs samples of the policy alone, neither cooled nor truncated.
     ancestral = replace(
         greedy,
         label=f"{system} samples",
-        sampling=replace(greedy.sampling, temperature=1.0, num_samples=settings.num_kl_samples),
+        sampling=replace(greedy.sampling, temperature=1.0),
     )
     return {GREEDY: greedy, ANCESTRAL: ancestral}
 

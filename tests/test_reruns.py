@@ -38,7 +38,7 @@ def not_cached(run: system.Run, *overrides: str) -> list[str]:
     [
         ("report.title=Another", AFTER["report"]),
         ("evaluate.num_prompts=7", AFTER["evaluate"]),
-        ("evaluate.num_kl_samples=0", AFTER["evaluate"]),
+        ("evaluate.num_kl_prompts=0", AFTER["evaluate"]),
         ("train_policy.gamma=0.5", AFTER["train_policy"]),
         ("train_policy.loss=hinge_norm", AFTER["train_policy"]),
         ("train_policy.freeze_layers=1", AFTER["train_policy"]),
