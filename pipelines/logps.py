@@ -85,7 +85,9 @@ class LogpsShard:
             {
                 "prompts": len(rows),
                 "responses": len(out),
-                "tokens": sum(row["num_tokens"] for row in out),
+                "tokens": sum(
+                    len(ids) for branches in responses.values() for ids in branches.values()
+                ),
             },
         )
 

@@ -73,7 +73,7 @@ def prepare_shards(
     return run_and_sum(build, plan, beam_settings)
 
 
-class _Parse(beam.DoFn):  # type: ignore[misc]
+class _Parse(beam.DoFn):
     """Rows of one source, each judged by itself, keyed by the shard they belong to."""
 
     def __init__(
@@ -105,7 +105,7 @@ class _Parse(beam.DoFn):  # type: ignore[misc]
                 yield shard_of(_key(item), self._num_shards), item
 
 
-class _Write(beam.DoFn):  # type: ignore[misc]
+class _Write(beam.DoFn):
     """All rows of a shard, settled prompt by prompt and written."""
 
     def __init__(self, plan: Plan, seed: int, shares: config.SplitShares) -> None:

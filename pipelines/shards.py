@@ -60,7 +60,7 @@ class Plan:
     num_shards: int
 
 
-class MapShards(beam.PTransform):  # type: ignore[misc]
+class MapShards(beam.PTransform):
     """Apply a `ShardFunction` to each shard index; emits the index of each shard once done."""
 
     def __init__(self, function: ShardFunction, plan: Plan) -> None:
@@ -76,7 +76,7 @@ class MapShards(beam.PTransform):  # type: ignore[misc]
         )
 
 
-class _MapShard(beam.DoFn):  # type: ignore[misc]
+class _MapShard(beam.DoFn):
     def __init__(self, function: ShardFunction, plan: Plan) -> None:
         self._function, self._plan = function, plan
         self._shared = Shared()
