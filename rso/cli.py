@@ -322,6 +322,10 @@ def _artifact(graph: "Graph", name: str) -> "Artifact":
 
 
 def _run_flow(config: Path, overrides: list[str]) -> None:
+    from stages.process import guard_this_run
+
+    # Before Prefect is imported: its temporary server, too, is to end with this run.
+    guard_this_run()
     from flows import REFUSED, rso_full
 
     state = rso_full(str(config), overrides, return_state=True)

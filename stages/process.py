@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 PR_SET_PDEATHSIG = 1
 # Exit codes of a stage: ours and the user's.
 DEFECT, USER_MISTAKE = 1, 2
+# Environment variable by which the guard knows what belongs to a run.
+RUN_TOKEN = "RSO_RUN"
 
 
 def stage_command(stage: str, config: str, overrides: Sequence[str]) -> list[str]:
@@ -31,6 +34,26 @@ def run_stage_process(stage: str, config: str, overrides: Sequence[str]) -> int:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def guard_this_run() -> None:
+    """Have a process beside this one end all that this one starts, once this one is gone.
+
+    `die_with_parent` reaches our own stages alone; see `stages.guard`.
+    """
+    token = secrets.token_hex(16)
+    # Nobody writes: the end that stays open here is closed when this process ends, however.
+    reading, _ = os.pipe()
+    subprocess.Popen(
+        [sys.executable, "-m", "stages.guard", token],
+        stdin=reading,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # Ctrl-C goes to the whole group, and the guard must outlive it.
+        start_new_session=True,
+    )
+    os.close(reading)
+    os.environ[RUN_TOKEN] = token
 
 
 def die_with_parent() -> None:
