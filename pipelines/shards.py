@@ -88,11 +88,14 @@ class _MapShard(beam.DoFn):
         if os.path.exists(_counters_file(self._plan, index)):
             yield index
             return
+        if _failures(self._plan):
+            return
         try:
             shard = self._map(index)
         except UserError as error:
+            # Not raised, as Beam would log stack traces; `run_and_sum` raises it.
             _write_json(_failure_file(self._plan, index), str(error))
-            raise
+            return
         finish_shard(self._plan, index, shard)
         yield index
 
@@ -143,13 +146,9 @@ def run_and_sum(build: Callable[[Any], Any], plan: Plan, settings: Beam) -> Coun
         options = PipelineOptions.from_dictionary(dict(settings.options))
         pipeline = beam.Pipeline(runner=settings.runner, options=options)
         build(pipeline)
-        try:
-            pipeline.run().wait_until_finish()
-        except Exception:
-            for index in indices:
-                if os.path.exists(_failure_file(plan, index)):
-                    raise UserError(_read_json(_failure_file(plan, index))) from None
-            raise
+        pipeline.run().wait_until_finish()
+        for mistake in _failures(plan):
+            raise UserError(mistake)
     return sum_counters([_read_json(_counters_file(plan, index)) for index in indices])
 
 
@@ -181,6 +180,12 @@ def _counters_file(plan: Plan, index: int) -> str:
 
 def _failure_file(plan: Plan, index: int) -> str:
     return os.path.join(plan.counters, f"{plan.label}-{index:05d}.failure.json")
+
+
+def _failures(plan: Plan) -> list[str]:
+    """Return what was wrong with the shards at fault, in their order."""
+    files = [_failure_file(plan, index) for index in range(plan.num_shards)]
+    return [_read_json(file) for file in files if os.path.exists(file)]
 
 
 def _write_json(path: str, value: Any) -> None:

@@ -258,11 +258,12 @@ def test_map_shards_with_every_shard_finished_loads_nothing(plan: Plan, tmp_path
 
 @pytest.mark.parametrize("beam", [ONE, THREADS])
 def test_map_shards_users_mistake_comes_out_as_itself(
-    plan: Plan, tmp_path: Path, beam: Beam
+    plan: Plan, tmp_path: Path, beam: Beam, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(UserError) as caught:
         map_shards(Trace(str(tmp_path / "log"), refuse=3), plan, beam)
     assert str(caught.value) == "shard 3: the user's mistake, e.g. naïve text"
+    assert "Traceback" not in caplog.text
 
 
 def test_map_shards_after_a_mistake_is_mended_goes_on(plan: Plan, tmp_path: Path) -> None:
