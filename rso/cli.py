@@ -348,12 +348,11 @@ def _print_results(graph: "Graph", as_json: bool, cached: set[str]) -> None:
     if as_json:
         _print_json({"metrics": metrics, "places": places})
         return
-    from rso.report import terminal_table
-    from stages.report import summary
+    from rso.report import stage_summary, terminal_table
 
     console = _console()
     stages = [
-        summary(found, is_cached=name in cached)
+        stage_summary(found, is_cached=name in cached)
         for name in graph.table
         if (found := graph.find(name)) is not None
     ]

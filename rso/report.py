@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rso import charts, seeds
+from rso.artifact import Artifact
 from rso.evaluation import CONTESTS, HUMAN, JUDGES, POLICY, REFERENCE, conclusion, find
 
 Row = Mapping[str, Any]
@@ -170,6 +171,20 @@ def terminal_table(metrics: Sequence[Row], stages: Sequence[StageSummary] = ()) 
     if stages:
         parts.append(_stage_table(stages))
     return Group(*parts, Text(conclusion(metrics), style="bold"))
+
+
+def stage_summary(artifact: Artifact, *, is_cached: bool = False) -> StageSummary:
+    """Return what a stage cost and counted."""
+    manifest = artifact.manifest
+    return StageSummary(
+        artifact.stage,
+        manifest.timings["seconds"],
+        manifest.peak_memory_bytes or 0,
+        manifest.rows,
+        manifest.counters,
+        is_cached,
+        artifact.fingerprint,
+    )
 
 
 def rejection_summary(accepted: pa.Table, *, beta: float) -> Rejection:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rso.artifact import Artifact
-from rso.report import Curve, ReportData, StageSummary, build, pick_examples, rejection_summary
+from rso.report import Curve, ReportData, build, pick_examples, rejection_summary, stage_summary
 from stages.context import Context, Outcome
 
 # The figure of each training curve that the report draws.
@@ -29,7 +29,7 @@ def run(context: Context) -> Outcome:
             num_examples=context.config.report.num_examples,
             seed=0,
         ),
-        stages=[summary(artifact) for artifact in artifacts.values()],
+        stages=[stage_summary(artifact) for artifact in artifacts.values()],
         curves=list(_curves(artifacts)),
         rejection=rejection_summary(
             context.table("reject/accepted"),
@@ -48,20 +48,6 @@ def run(context: Context) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text(build(data), encoding="utf-8")
     return Outcome({"examples": len(data.examples), "figures": len(data.metrics)})
-
-
-def summary(artifact: Artifact, *, is_cached: bool = False) -> StageSummary:
-    """Return what a stage cost and counted."""
-    manifest = artifact.manifest
-    return StageSummary(
-        artifact.stage,
-        manifest.timings["seconds"],
-        manifest.peak_memory_bytes or 0,
-        manifest.rows,
-        manifest.counters,
-        is_cached,
-        artifact.fingerprint,
-    )
 
 
 def hardware() -> str:
