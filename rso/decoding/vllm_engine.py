@@ -29,7 +29,8 @@ ENVIRONMENT = {
     # no report of use to anybody, no attempt to reach a network
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    # its warnings at start are about what we chose on purpose; what stops it is raised
+    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 # Memory for keys and values on the CPU, touched as it is used. With an explicit size and without
 # compilation vLLM needs no warm-up: a 135M model starts in 10-18 s on two busy cores instead of
