@@ -291,6 +291,11 @@ class Store:
                 with writing(path):
                     mirror.restore()
                     existing = _finish(path, publish)
+            if existing is not None:
+                # What a build left that was killed between its manifest and its clearing up.
+                self._files.remove_tree(f"{directory}.work")
+                yield Work(stage, fingerprint, path, publish, existing)
+                return
             with mirror.running(self._lease_seconds / 4):
                 yield Work(stage, fingerprint, path, publish, existing)
 
