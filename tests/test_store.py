@@ -690,3 +690,14 @@ def test_digest_directory_missing_or_unfit_is_a_user_error(tmp_path: Path) -> No
         digest_directory(str(tmp_path / "absent"), "rewards")
     with pytest.raises(UserError, match=r"no part-\*.parquet file"):
         digest_directory(str(tmp_path), "rewards")
+
+
+def test_store_leftovers_of_a_killed_publication_are_cleared(remote: str) -> None:
+    store = Store(remote, lease_seconds=4)
+    build(store)
+    # Killed between the manifest and the removal of the work directory.
+    store._files.write(f"{STAGE}/{FINGERPRINT}.work/report/report.html", b"<p>report</p>")
+    assert siblings(store) == {"", ".work"}
+    with store.build(STAGE, FINGERPRINT) as work:
+        assert work.existing is not None
+    assert siblings(store) == {""}
