@@ -137,8 +137,7 @@ def load_causal(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     directory, gguf = _split(location)
-    load_config(location)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"config": load_config(location)}
     if gguf is not None:
         options["gguf_file"] = gguf
         # Releases with packed GGUF weights must be told that training and saving need dense ones.

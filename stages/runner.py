@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from rso.allocator import keep_freed_memory
@@ -76,11 +77,14 @@ class Ran:
 class Graph:
     """The stages of one config over one store, as the store was when each was first looked up.
 
-    With `verify` every artifact's bytes are checked, and what fails is set aside.
+    With `verify` every artifact's bytes are checked, and what fails is set aside. `code` is the
+    folder whose code the digests are taken of; by default this one's.
     """
 
-    def __init__(self, config: Config, store: Store, *, verify: bool = False) -> None:
-        self.config, self.store, self._verify = config, store, verify
+    def __init__(
+        self, config: Config, store: Store, *, verify: bool = False, code: Path | None = None
+    ) -> None:
+        self.config, self.store, self._verify, self._code = config, store, verify, code
         self.table = {stage.name: stage for stage in stages(config)}
         self._found: dict[str, Artifact | None] = {}
         self._externals: dict[str, Any] = {}
@@ -131,7 +135,7 @@ class Graph:
         view = self.config.view(stage.sections)
         return Recipe(
             stage.name,
-            code_digest(f"stages.{stage.module}"),
+            code_digest(f"stages.{stage.module}", root=self._code),
             identity(view),
             inputs,
             {name: self._external(stage, name) for name in stage.externals},
@@ -155,8 +159,13 @@ class Graph:
         return None if init == "reference" else resolve_model(init).identity
 
 
-def plan(graph: Graph) -> list[Planned]:
-    """Return what a run would do, stage by stage, and why."""
+def plan(graph: Graph, versions: Mapping[str, str] | None = None) -> list[Planned]:
+    """Return what a run would do, stage by stage, and why.
+
+    It warns where an artifact was made with other library versions than `versions`, by default
+    those installed.
+    """
+    versions = installed_versions() if versions is None else versions
     planned = []
     for stage in graph.table.values():
         missing = graph.missing(stage)
@@ -167,7 +176,7 @@ def plan(graph: Graph) -> list[Planned]:
         recipe = graph.recipe(stage)
         artifact = graph.find(stage.name)
         if artifact is not None:
-            warnings = tuple(_version_changes(artifact))
+            warnings = tuple(_version_changes(artifact, versions))
             planned.append(
                 Planned(stage, "cached", "nothing changed", recipe.fingerprint, artifact, warnings)
             )
@@ -240,7 +249,7 @@ def _run(
         curves=dict(outcome.curves),
         timings={"seconds": time.monotonic() - started},
         peak_memory_bytes=peak_memory_bytes(),
-        versions=versions(),
+        versions=installed_versions(),
     )
 
 
@@ -252,7 +261,7 @@ def peak_memory_bytes() -> int:
     return max(resource.getrusage(w).ru_maxrss for w in who) * unit
 
 
-def versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that compute results."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
@@ -263,8 +272,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _version_changes(artifact: Artifact) -> list[str]:
-    made, now = artifact.manifest.versions, versions()
+def _version_changes(artifact: Artifact, now: Mapping[str, str]) -> list[str]:
+    made = artifact.manifest.versions
     return [
         f"made with {name} {made.get(name, 'absent')}, now {now.get(name, 'absent')}"
         for name in sorted({*made, *now})

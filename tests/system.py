@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +145,11 @@ def run_all(config: Config, until: str | None = None) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class Run:
-    """A config file and the store that it names."""
+    """A config file and the store that it names; `code` is where another copy of the code lies."""
 
     path: Path
     store: Path
+    code: Path | None = None
     _found: dict[tuple[str, ...], Artifact] = field(default_factory=dict, compare=False, repr=False)
 
     def config(self, *overrides: str) -> Config:
@@ -157,7 +158,8 @@ class Run:
 
     def graph(self, *overrides: str) -> Graph:
         """Return the graph over this run's store, as it is now."""
-        return graph_of(self.config(*overrides))
+        config = self.config(*overrides)
+        return Graph(config, Store(config.store), code=self.code)
 
     def artifact(self, stage: str, *overrides: str) -> Artifact:
         """Return the artifact of a stage, looked up once."""
@@ -177,12 +179,12 @@ class Run:
     def copy(self, store: Path) -> "Run":
         """Return this run over a copy of its store, hard links where nothing is rewritten."""
         shutil.copytree(self.store, store, copy_function=os.link)
-        return Run(self.path, store)
+        return replace(self, store=store, _found={})
 
     def real_copy(self, store: Path) -> "Run":
         """Return this run over a copy of its bytes."""
         shutil.copytree(self.store, store)
-        return Run(self.path, store)
+        return replace(self, store=store, _found={})
 
 
 def override(key: str, value: Any) -> str:

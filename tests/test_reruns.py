@@ -2,16 +2,14 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import system
 
-import stages.runner
-from rso.code_digest import code_digest
-from stages.runner import plan, run_stage
+from stages.runner import installed_versions, plan, run_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 AFTER = {
@@ -149,25 +147,28 @@ def test_plan_with_an_input_changed_names_it(finished: system.Run, tmp_path: Pat
 
 
 def test_plan_with_other_library_versions_warns_and_runs_nothing(
-    finished: system.Run, monkeypatch: pytest.MonkeyPatch
+    finished: system.Run,
 ) -> None:
-    versions = {**stages.runner.versions(), "torch": "99.0"}
-    monkeypatch.setattr(stages.runner, "versions", lambda: versions)
-    planned = plan(finished.graph())
+    planned = plan(finished.graph(), versions={**installed_versions(), "torch": "99.0"})
     assert {p.status for p in planned} == {"cached"}
     assert all("now 99.0" in p.warnings[0] and "torch" in p.warnings[0] for p in planned)
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the project's code, whose digests the runner takes."""
+def project(tmp_path: Path) -> Path:
+    """A copy of the project's code."""
     root = tmp_path / "project"
     for package in ("schemas", "rso", "pipelines", "stages"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, root / package, ignore=ignore)
     shutil.copy(ROOT / "flows.py", root)
-    monkeypatch.setattr(stages.runner, "code_digest", partial(code_digest, root=root))
     return root
+
+
+@pytest.fixture
+def elsewhere(finished: system.Run, project: Path) -> system.Run:
+    """The finished run as the copied code sees it."""
+    return replace(finished, code=project)
 
 
 def append(path: Path, text: str) -> None:
@@ -175,20 +176,20 @@ def append(path: Path, text: str) -> None:
 
 
 def test_plan_with_the_code_copied_elsewhere_runs_nothing(
-    finished: system.Run, project: Path
+    elsewhere: system.Run, project: Path
 ) -> None:
-    assert not_cached(finished) == []
+    assert not_cached(elsewhere) == []
 
 
 def test_plan_with_comments_docstrings_and_layout_changed_runs_nothing(
-    finished: system.Run, project: Path
+    elsewhere: system.Run, project: Path
 ) -> None:
     files = list(project.rglob("*.py"))
     assert len(files) > 60
     for path in files:
         text = path.read_text(encoding="utf-8").replace('"""', '"""Changed. ', 1)
         path.write_text(f"# A comment.\n\n{text}\n\n\n# The end.\n", encoding="utf-8")
-    assert not_cached(finished) == []
+    assert not_cached(elsewhere) == []
 
 
 @pytest.mark.parametrize(
@@ -210,27 +211,27 @@ def test_plan_with_comments_docstrings_and_layout_changed_runs_nothing(
     ],
 )
 def test_plan_with_code_changed_runs_the_stages_made_of_it_and_what_follows(
-    finished: system.Run, project: Path, file: str, expected: list[str]
+    elsewhere: system.Run, project: Path, file: str, expected: list[str]
 ) -> None:
     append(project / file, "\n_CHANGED = 1\n")
-    assert not_cached(finished) == expected
+    assert not_cached(elsewhere) == expected
     if expected:
         module = file.removesuffix(".py").replace("/", ".")
-        assert system.reasons(finished)[expected[0]] == f"code of {module} changed"
+        assert system.reasons(elsewhere)[expected[0]] == f"code of {module} changed"
 
 
 def test_plan_with_the_style_of_the_report_changed_runs_only_the_report(
-    finished: system.Run, project: Path
+    elsewhere: system.Run, project: Path
 ) -> None:
     append(project / "rso/report.css", "\nbody { color: black }\n")
-    assert not_cached(finished) == ["report"]
-    assert system.reasons(finished)["report"] == "code of rso.report changed"
+    assert not_cached(elsewhere) == ["report"]
+    assert system.reasons(elsewhere)["report"] == "code of rso.report changed"
 
 
 def test_run_with_code_changed_but_not_the_result_stops_there(
-    finished: system.Run, project: Path, tmp_path: Path
+    elsewhere: system.Run, project: Path, tmp_path: Path
 ) -> None:
-    run = finished.copy(tmp_path / "store")
+    run = elsewhere.copy(tmp_path / "store")
     append(project / "stages/reject.py", "\n_CHANGED = 1\n")
     assert not run_stage(run.graph(), "reject").is_cached
     assert not_cached(run) == []
