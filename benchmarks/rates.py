@@ -1,27 +1,34 @@
 """Tokens a second on this machine: training, prefill and decoding of the quickstart model.
 
-The token budgets of docs/quickstart.md rest on these rates. Useful tokens only, no padding.
+The token budgets of configs/quickstart.yaml rest on these rates. Useful tokens only, no padding:
+the docstrings of the quickstart, trained on by the stage's own trainer, decoded by its own engine.
 Run: .venv/bin/python benchmarks/rates.py [--config FILE]
 """
 
 import argparse
+import json
 import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 
-from rso.config import load_config, resolve
+from rso.allocator import keep_freed_memory
+from rso.config import Config, load_config, resolve
 from rso.decoding import Request, Sampling
 from rso.decoding.transformers_engine import TransformersDecoder
+from rso.logps import response_logps
 from rso.models import load_causal, load_tokenizer, save_model
 from rso.models import resolve as resolve_model
-from rso.prefix import Row, branch_logps, collate
+from rso.prefix import Row
+from rso.templates import encode_prompt, encode_response
+from rso.training.sft import Demonstration, train_sft
 
-PROMPT, RESPONSE, ROWS, REPEATS = 64, 12, 16, 3
+STEPS, REPEATS, NUM_PREFILL = 5, 3, 64
 
 
 def main() -> None:
@@ -29,56 +36,86 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/quickstart.yaml")
     config = resolve(load_config(parser.parse_args().config))
-    source = str(resolve_model(config.model).location)
-    tokenizer = load_tokenizer(source)
+    keep_freed_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as directory:
-        save_model(load_causal(source, dtype="float32"), tokenizer, directory)
-        training = load_causal(directory, dtype="float32")
-        inference = load_causal(directory, dtype=config.compute.dtype)
-    for parameter in training.get_input_embeddings().parameters():
-        parameter.requires_grad_(False)
-    for layer in training.get_decoder().layers[: config.train_policy.freeze_layers]:
-        layer.requires_grad_(False)
-    ids = torch.randint(10, 40_000, (ROWS, PROMPT + RESPONSE)).tolist()
-    rows = [Row(row[:PROMPT], [row[PROMPT:]]) for row in ids]
-    tokens = sum(row.num_tokens for row in rows)
+        source = str(resolve_model(config.model).location)
+        model = str(Path(directory, "model"))
+        save_model(load_causal(source, dtype="float32"), load_tokenizer(source), model)
+        report("training (train_sft)", training_rates(config, model, Path(directory)))
+        inference_rates(config, model)
 
-    def train() -> int:
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.compute.dtype == "bfloat16"):
-            loss = -torch.cat(branch_logps(training, collate(rows))).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        training.zero_grad()
-        return tokens
+
+def training_rates(config: Config, model: str, directory: Path) -> list[float]:
+    """Tokens a second of each optimiser step but the first, which also warms up."""
+    result = train_sft(
+        model,
+        demonstrations(config, (STEPS + 1) * config.train_sft.batch_size),
+        config.train_sft,
+        config.compute,
+        config.templates,
+        seed=0,
+        work_directory=str(directory / "work"),
+        output_directory=str(directory / "trained"),
+    )
+    return [entry["num_tokens"] / entry["seconds"] for entry in result.curve[1:]]
+
+
+def inference_rates(config: Config, directory: str) -> None:
+    """Report prefill with log-probabilities, and decoding of few and of many samples a prompt."""
+    tokenizer = load_tokenizer(directory)
+    model = load_causal(directory, dtype=config.compute.dtype)
+    rows = [
+        Row(
+            encode_prompt(tokenizer, config.templates, row.prompt),
+            [encode_response(tokenizer, config.templates, row.target, eos=True)],
+        )
+        for row in demonstrations(config, NUM_PREFILL)
+    ]
 
     def prefill() -> int:
-        with torch.inference_mode():
-            branch_logps(inference, collate(rows))
-        return tokens
+        response_logps(model, rows, token_budget=config.compute.token_budget)
+        return sum(row.num_tokens for row in rows)
 
     def decode(num_prompts: int, num_samples: int) -> int:
-        decoder = TransformersDecoder(inference, tokenizer)
+        decoder = TransformersDecoder(model, tokenizer)
         requests = [Request(f"{i:016x}", row.prefix) for i, row in enumerate(rows[:num_prompts])]
         sampling = Sampling(max_new_tokens=24, num_samples=num_samples)
         decoded = decoder.decode(requests, sampling, seed=0)
         return sum(len(sample.token_ids) for samples in decoded for sample in samples)
 
-    report("training, forward and backward", train)
-    report("prefill with log-probs", prefill)
-    report("decode, 16 prompts x 1", lambda: decode(16, 1))
-    report("decode, 8 prompts x 16", lambda: decode(8, 16))
+    report("prefill with log-probs", repeated(prefill))
+    report("decode, 16 prompts x 1", repeated(lambda: decode(16, 1)))
+    report("decode, 8 prompts x 16", repeated(lambda: decode(8, 16)))
 
 
-def report(name: str, work: Callable[[], Any]) -> None:
-    """Print the median, lowest and highest rate of `work`, which returns its tokens."""
+def demonstrations(config: Config, count: int) -> list[Demonstration]:
+    """Return the first `count` lines of the config's first source."""
+    source = config.prepare.sources[0]
+    if not Path(source.path).exists():
+        sys.exit(f"rates: {source.path} is missing; `make bench` writes it.")
+    with open(source.path, encoding="utf-8") as lines:
+        rows = [json.loads(line) for _, line in zip(range(count), lines, strict=False)]
+    prompt, target = (source.fields.get(name, name) for name in ("prompt", "target"))
+    return [
+        Demonstration(f"{number:016x}", row[prompt], row[target]) for number, row in enumerate(rows)
+    ]
+
+
+def repeated(work: Callable[[], int]) -> Iterable[float]:
+    """Return the rates of `work`, which returns its tokens; a first call warms up."""
     work()
-    rates = []
     for _ in range(REPEATS):
         started = time.perf_counter()
         tokens = work()
-        rates.append(tokens / (time.perf_counter() - started))
-    middle = statistics.median(rates)
-    print(f"{name:32} {middle:8.0f} tokens/s  ({min(rates):.0f} to {max(rates):.0f})")
+        yield tokens / (time.perf_counter() - started)
+
+
+def report(name: str, rates: Iterable[float]) -> None:
+    """Print the median, lowest and highest rate."""
+    found = list(rates)
+    spread = f"{min(found):.0f} to {max(found):.0f}, {len(found)} repeats"
+    print(f"{name:32} {statistics.median(found):8.0f} tokens/s  ({spread})")
 
 
 if __name__ == "__main__":
