@@ -1,4 +1,4 @@
-"""Rewards to accepted candidates: statistical rejection sampling, prompt by prompt."""
+"""Rewards to accepted candidates: statistical rejection sampling, a shard at a time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,15 +7,20 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.shards import Counters, Shard
-from pipelines.tables import by_prompt
+from pipelines.tables import hashes, prompt_runs
 from rso import config
 from rso.rejection import (
-    Selection,
-    acceptance_probabilities,
-    effective_sample_size,
-    select,
+    Candidates,
+    Diagnostics,
+    NonFiniteReward,
+    Selections,
+    diagnose,
+    select_many,
 )
 from schemas import SCHEMAS
+
+IDS = ("prompt_id", "response_id")
+COLUMNS = {"candidates": (*IDS, "response"), "rewards": (*IDS, "reward")}
 
 
 @dataclass(frozen=True)
@@ -29,75 +34,84 @@ class RejectShard:
         """Nothing to load."""
 
     def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return every candidate with its verdict; rows join on ids, never on position."""
-        texts = tables["candidates"].select(["prompt_id", "response_id", "response"])
-        # Arrow joins no maps, and `objectives` is one.
-        rewards = tables["rewards"].select(["prompt_id", "response_id", "reward"])
-        joined = rewards.join(texts, ["prompt_id", "response_id"], join_type="inner")
-        joined = joined.sort_by([("prompt_id", "ascending"), ("response_id", "ascending")])
-        if len(joined) != len(tables["rewards"]) or len(joined) != len(texts):
-            raise ValueError(
-                f"reject: {len(tables['rewards'])} rewards and {len(texts)} candidates share "
-                f"{len(joined)} ids, expected all: run score again on these candidates"
-            )
-        groups, selections = [], []
-        for prompt_id, group in by_prompt(joined):
-            groups.append(group)
-            selections.append(
-                select(
-                    group["response_id"].to_pylist(),
-                    group["response"].to_pylist(),
-                    group["reward"].to_numpy(),
-                    prompt_id=prompt_id,
-                    beta=self.settings.beta,
-                    num_samples=self.settings.num_samples,
-                    seed=self.seed,
-                    duplicates=self.settings.duplicates,
-                )
-            )
+        """Return every candidate with its verdict; rows belong together by their ids."""
+        rewards, texts = tables["rewards"], tables["candidates"]
+        _check_ids(rewards, texts)
+        prompt_ids, sizes = prompt_runs(rewards)
+        candidates = Candidates(
+            prompt_hashes=hashes(prompt_ids),
+            sizes=sizes,
+            id_hashes=hashes(rewards["response_id"]),
+            texts=_numbers(texts["response"]),
+            rewards=rewards["reward"].to_numpy().astype(np.float64),
+        )
+        _check_finite(rewards, candidates)
+        selections = select_many(
+            candidates,
+            beta=self.settings.beta,
+            num_samples=self.settings.num_samples,
+            seed=self.seed,
+            duplicates=self.settings.duplicates,
+        )
+        figures = diagnose(candidates, selections, self.settings.beta)
         return Shard(
-            {"accepted": _accepted(joined, selections)}, self._counters(groups, selections)
+            {"accepted": _accepted(rewards, selections)}, _counters(sizes, selections, figures)
         )
 
-    def _counters(self, groups: list[pa.Table], selections: list[Selection]) -> Counters:
-        total: Counters = {
-            "prompts": len(groups),
-            "candidates": sum(len(group) for group in groups),
-            "accepted": sum(int(selection.is_accepted.sum()) for selection in selections),
-            "draws": sum(selection.num_draws for selection in selections),
-            "rounds": sum(selection.num_rounds for selection in selections),
-            "shortfall": sum(selection.num_shortfall for selection in selections),
-            "prompts_short": sum(selection.num_shortfall > 0 for selection in selections),
-            "reward_gain_sum": 0.0,
-            "expected_acceptance_sum": 0.0,
-            "effective_samples_sum": 0.0,
-        }
-        for group, selection in zip(groups, selections, strict=True):
-            rewards = group["reward"].to_numpy().astype(np.float64)
-            kept = rewards[selection.is_accepted]
-            total["reward_gain_sum"] += float(kept.mean() - rewards.mean())
-            # Theorem 1: the expected acceptance rate of a draw from the reference policy.
-            probabilities = acceptance_probabilities(rewards, self.settings.beta)
-            total["expected_acceptance_sum"] += float(probabilities.mean())
-            if 0 < self.settings.beta < np.inf:
-                total["effective_samples_sum"] += effective_sample_size(rewards, self.settings.beta)
-        return total
+
+def _counters(sizes: np.ndarray, selections: Selections, figures: Diagnostics) -> Counters:
+    total: Counters = {
+        "prompts": len(sizes),
+        "candidates": int(sizes.sum()),
+        "accepted": int(selections.is_accepted.sum()),
+        "draws": int(selections.num_draws.sum()),
+        "rounds": int(selections.num_rounds.sum()),
+        "shortfall": int(selections.num_shortfall.sum()),
+        "prompts_short": int((selections.num_shortfall > 0).sum()),
+        "prompts_with_best": int(figures.has_best.sum()),
+    }
+    for name in ("reward_gain", "expected_acceptance", "effective_samples", "kl"):
+        total[f"{name}_sum"] = float(getattr(figures, name).sum())
+    return total
 
 
-def _accepted(joined: pa.Table, selections: list[Selection]) -> pa.Table:
-    def column(name: str, dtype: type) -> pa.Array:
-        parts = [np.asarray(getattr(selection, name)) for selection in selections]
-        return pa.array(np.concatenate([*parts, np.empty(0, dtype)]).astype(dtype))
+def _numbers(texts: pa.ChunkedArray) -> np.ndarray:
+    """Return a number for each text, equal for equal texts."""
+    encoded = texts.combine_chunks().dictionary_encode()
+    numbers: np.ndarray = encoded.indices.to_numpy().astype(np.intp)
+    return numbers
 
+
+def _check_ids(rewards: pa.Table, candidates: pa.Table) -> None:
+    """Shards are sorted by their unique ids, so the same ids make the same columns."""
+    if all(rewards[name].equals(candidates[name]) for name in IDS):
+        return
+    shared = rewards.select(IDS).join(candidates.select(IDS), list(IDS), join_type="inner")
+    raise ValueError(
+        f"reject: {len(rewards)} rewards and {len(candidates)} candidates share {len(shared)} ids, "
+        "expected all: run score again on these candidates"
+    )
+
+
+def _check_finite(rewards: pa.Table, candidates: Candidates) -> None:
+    bad = np.flatnonzero(~np.isfinite(candidates.rewards))
+    if bad.size:
+        row = rewards.slice(int(bad[0]), 1).to_pylist()[0]
+        raise NonFiniteReward(
+            f"prompt {row['prompt_id']}: candidate {row['response_id']} has reward {row['reward']},"
+            f" expected a finite number ({bad.size} rewards of this shard are not): look at the"
+            " ranker that scored it"
+        )
+
+
+def _accepted(rewards: pa.Table, selections: Selections) -> pa.Table:
     return pa.Table.from_arrays(
         [
-            joined["prompt_id"],
-            joined["response_id"],
-            joined["reward"],
-            column("is_accepted", np.bool_),
-            column("round", np.int32),
-            column("position", np.int32),
-            column("acceptance_probability", np.float64),
+            *(rewards[name] for name in (*IDS, "reward")),
+            *(
+                pa.array(getattr(selections, name))
+                for name in ("is_accepted", "round", "position", "acceptance_probability")
+            ),
         ],
         schema=SCHEMAS["accepted"],
     )

@@ -26,10 +26,11 @@ Counters = dict[str, float]
 
 
 class Dataset(NamedTuple):
-    """Where the shards of a dataset lie and which schema they have."""
+    """Where the shards of a dataset lie, which schema they have, and which columns are wanted."""
 
     directory: str
     schema: str
+    columns: tuple[str, ...] | None = None
 
 
 class Shard(NamedTuple):
@@ -104,7 +105,9 @@ class _MapShard(beam.DoFn):
             # At the first shard that needs it: a run whose shards are all done loads nothing.
             self._engine = self._shared.acquire(lambda: _Engine(self._function.setup()))
         tables = {
-            name: read_shard(dataset.directory, dataset.schema, index, self._plan.num_shards)
+            name: read_shard(
+                dataset.directory, dataset.schema, index, self._plan.num_shards, dataset.columns
+            )
             for name, dataset in self._plan.inputs.items()
         }
         return self._function(self._engine.value, tables)

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rso import seeds
 from schemas import SCHEMAS
 
 
@@ -28,3 +30,22 @@ def by_prompt(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
     starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]])
     for start, end in zip(starts, np.r_[starts[1:], len(ids)], strict=True):
         yield str(ids[start]), table.slice(start, end - start)
+
+
+def prompt_runs(table: pa.Table) -> tuple[pa.Array, npt.NDArray[np.intp]]:
+    """Return the prompt_ids of a table sorted by them, each once, and the rows of each."""
+    runs = pc.run_end_encode(table["prompt_id"].combine_chunks())
+    ends = runs.run_ends.to_numpy().astype(np.intp)
+    return runs.values, np.diff(ends, prepend=0)
+
+
+def hashes(ids: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    """Return `seeds.hashes` of a column of ids, without making a Python object of each."""
+    column = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+    width = seeds.HEX_DIGITS
+    if len(column) and pc.all(pc.equal(pc.binary_length(column), width)).as_py():
+        fixed = column.cast(pa.binary()).cast(pa.binary(width))
+        start = fixed.offset * width
+        data = np.frombuffer(fixed.buffers()[1], dtype=f"S{width}", count=len(fixed), offset=start)
+        return seeds.hashes(data)
+    return seeds.hashes(column.to_pylist())

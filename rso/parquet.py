@@ -74,16 +74,19 @@ def read_shard(
         SchemaMismatch: it is not of schema `name`.
     """
     path = f"{directory.rstrip('/')}/{shard_name(index, num_shards)}"
-    table = read_parquet(path)
-    check(table, name, path)
-    # Parquet adds its own field ids to the metadata; what is read has the schema itself.
+    table = read_parquet(path, columns)
     schema = SCHEMAS[name]
-    table = pa.Table.from_arrays(table.select(schema.names).columns, schema=schema)
-    return table.select(list(columns)) if columns is not None else table
+    names = schema.names if columns is None else list(columns)
+    check(table, name, path, columns=columns)
+    # Parquet adds its own field ids to the metadata; what is read has the schema itself.
+    wanted = pa.schema([schema.field(column) for column in names], metadata=schema.metadata)
+    return pa.Table.from_arrays(table.select(names).columns, schema=wanted)
 
 
-def read_parquet(path: str) -> pa.Table:
+def read_parquet(path: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Return the table in one Parquet file, at a path or URL, with its page checksums verified.
+
+    Of `columns` those there are, or all.
 
     Raises:
         UnreadableShard: the file is missing or broken.
@@ -92,7 +95,7 @@ def read_parquet(path: str) -> pa.Table:
         source = _fetch(path) if "://" in path else path
         # ParquetFile, as `read_table` would make columns of folder names such as `a=b`.
         with pq.ParquetFile(source, memory_map=True, page_checksum_verification=True) as parquet:
-            return parquet.read()
+            return parquet.read(columns=None if columns is None else list(columns))
     except (OSError, pa.ArrowException) as error:
         raise UnreadableShard(
             f"{path}: not a whole Parquet file ({error}); `rso verify` sets the artifact aside and "

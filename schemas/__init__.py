@@ -1,5 +1,7 @@
 """The table of artifacts: one Arrow schema a file, checked on write and on read."""
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 
 from schemas import (
@@ -42,12 +44,12 @@ def sort_keys(name: str) -> list[str]:
     return str(SCHEMAS[name].metadata[b"sort_by"].decode()).split(",")
 
 
-def check(table: pa.Table, name: str, where: str) -> None:
+def check(table: pa.Table, name: str, where: str, columns: Sequence[str] | None = None) -> None:
     """Raise `SchemaMismatch` unless `table` has exactly the columns, types and nulls of `name`.
 
-    `where` names the file or the step for the message.
+    With `columns` it is to have those alone. `where` names the file or the step for the message.
     """
-    expected = SCHEMAS[name]
+    expected = [f for f in SCHEMAS[name] if columns is None or f.name in columns]
     found = {f.name: f.type for f in table.schema}
     wanted = {f.name: f.type for f in expected}
     problems = [f"column {c!r} is missing" for c in wanted if c not in found]

@@ -56,7 +56,7 @@ class Context:
         label: str,
         function: ShardFunction,
         *,
-        inputs: Sequence[str],
+        inputs: Sequence[str] | Mapping[str, tuple[str, ...]],
         outputs: Sequence[str],
         work_inputs: Sequence[str] = (),
         scratch_inputs: Mapping[str, str] | None = None,
@@ -64,11 +64,16 @@ class Context:
     ) -> Counters:
         """Map shard files to shard files by a Beam pipeline and return the summed counters.
 
-        A stage of several passes reads its own `work_inputs` (outputs of an earlier pass) and
+        `inputs` may map each name to the columns that are read; otherwise all are. A stage of
+        several passes reads its own `work_inputs` (outputs of an earlier pass) and
         `scratch_inputs` (name to schema); `scratch_output` is the name under which the one output
         of this pass is kept for a later one.
         """
-        sources = {n: Dataset(self.inputs[n].directory, self.inputs[n].output) for n in inputs}
+        columns = inputs if isinstance(inputs, Mapping) else dict.fromkeys(inputs)
+        sources = {
+            name: Dataset(self.inputs[name].directory, self.inputs[name].output, wanted)
+            for name, wanted in columns.items()
+        }
         total = num_shards(next(iter(sources.values())).directory)
         sources |= {name: Dataset(self.work.output(name), name) for name in work_inputs}
         sources |= {

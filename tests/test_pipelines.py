@@ -42,7 +42,8 @@ def reshard(rows: list[dict[str, Any]], directory: Path, name: str, total: int) 
     return Dataset(str(directory), name)
 
 
-@pytest.mark.parametrize(("total", "beam"), [(1, ONE), (5, ONE), (5, THREADS)])
+# Of forty shards some are empty.
+@pytest.mark.parametrize(("total", "beam"), [(1, ONE), (5, ONE), (5, THREADS), (40, ONE)])
 def test_reject_pipeline_however_sharded_equals_the_pure_function(
     finished: system.Run, tmp_path: Path, total: int, beam: Beam
 ) -> None:
@@ -116,6 +117,26 @@ def test_reject_pipeline_with_a_reward_missing_refuses(
     with pytest.raises(Exception, match="95 rewards and 96 candidates share 95 ids"):
         map_shards(RejectShard(Reject(), seed=3), plan, ONE)
     assert not (tmp_path / "accepted").exists()
+
+
+def test_reject_pipeline_with_a_reward_that_is_no_number_names_it(
+    finished: system.Run, tmp_path: Path
+) -> None:
+    rewards = finished.rows("score/rewards")
+    rewards[7]["reward"] = float("nan")
+    candidates = finished.rows("decode/candidates")
+    plan = Plan(
+        "reject",
+        {
+            "candidates": reshard(candidates, tmp_path / "candidates", "candidates", 1),
+            "rewards": reshard(rewards, tmp_path / "rewards", "rewards", 1),
+        },
+        {"accepted": Dataset(str(tmp_path / "accepted"), "accepted")},
+        str(tmp_path / "counters"),
+        1,
+    )
+    with pytest.raises(Exception, match=f"candidate {rewards[7]['response_id']} has reward nan"):
+        map_shards(RejectShard(Reject(), seed=3), plan, ONE)
 
 
 class CountWords:

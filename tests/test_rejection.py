@@ -11,12 +11,15 @@ from scipy import stats
 
 from rso import seeds
 from rso.rejection import (
+    Candidates,
     NonFiniteReward,
     Selection,
     acceptance_probabilities,
+    diagnose,
     effective_sample_size,
     rejection_sample,
     select,
+    select_many,
 )
 from tests.oracles import rejection as oracle
 
@@ -73,7 +76,8 @@ def _accepted(selection: Selection) -> list[int]:
 
 def _walked(case: Case, indices: list[int] | None = None) -> tuple[list[int], np.ndarray]:
     """The order in which `indices` are walked, and their uniforms [pass, walked]."""
-    order = [int(index) for index in seeds.order(case.ids, "rejection", case.seed, "p")]
+    states = seeds.bases_of(seeds.hashes(["p"]), seeds.hashes(case.ids), "rejection", case.seed)
+    order = np.argsort(states).tolist()
     order = [index for index in order if indices is None or index in indices]
     ids = [case.ids[index] for index in order]
     rounds = range(len(case.ids))
@@ -354,3 +358,65 @@ def test_effective_sample_size_lies_within_1_and_n_and_ignores_shifts(rewards, b
     size = effective_sample_size(rewards, beta)
     assert 1 - 1e-9 <= size <= len(rewards) + 1e-9
     assert size == effective_sample_size([reward + shift for reward in rewards], beta)
+
+
+@given(st.lists(cases(), min_size=1, max_size=6), BETAS | st.sampled_from([0.0, np.inf]))
+def test_select_many_is_select_prompt_by_prompt(several: list[Case], beta: float) -> None:
+    several = [case._replace(num_samples=several[0].num_samples, seed=7) for case in several]
+    rows = [sorted(range(len(case.ids)), key=case.ids.__getitem__) for case in several]
+    together = Candidates(
+        prompt_hashes=seeds.hashes([f"{place:016x}" for place in range(len(several))]),
+        sizes=np.array([len(case.ids) for case in several]),
+        id_hashes=np.concatenate(
+            [seeds.hashes([c.ids[i] for i in r]) for c, r in zip(several, rows, strict=True)]
+        ),
+        texts=np.array(
+            [int(c.texts[i].split()[1]) for c, r in zip(several, rows, strict=True) for i in r]
+        ),
+        rewards=np.array([c.rewards[i] for c, r in zip(several, rows, strict=True) for i in r]),
+    )
+    starts = np.cumsum([0, *together.sizes])
+    for duplicates in ("keep", "collapse"):
+        found = select_many(
+            together,
+            beta=beta,
+            num_samples=several[0].num_samples,
+            seed=7,
+            duplicates=duplicates,
+        )
+        for place, (case, row) in enumerate(zip(several, rows, strict=True)):
+            alone = _select(case, beta, duplicates, prompt_id=f"{place:016x}")
+            mine = slice(starts[place], starts[place + 1])
+            for name in ("is_accepted", "round", "position", "acceptance_probability"):
+                assert np.array_equal(getattr(found, name)[mine], getattr(alone, name)[row]), name
+            for name in ("num_rounds", "num_draws", "num_shortfall"):
+                assert getattr(found, name)[place] == getattr(alone, name)
+
+
+def test_select_many_of_prompts_without_candidates_reports_the_shortfall() -> None:
+    empty = np.array([], dtype=np.intp)
+    none = Candidates(seeds.hashes(["p", "q"]), np.array([0, 0]), seeds.hashes([]), empty, empty)
+    found = select_many(none, beta=0.5, num_samples=3, seed=0)
+    assert found.num_shortfall.tolist() == [3, 3] and found.num_rounds.tolist() == [0, 0]
+
+
+@given(cases(), BETAS | st.sampled_from([0.0, np.inf]))
+def test_diagnose_agrees_with_its_definitions(case: Case, beta: float) -> None:
+    order = sorted(range(len(case.ids)), key=case.ids.__getitem__)
+    rewards = np.array([case.rewards[i] for i in order])
+    texts = np.array([int(case.texts[i].split()[1]) for i in order])
+    ids = seeds.hashes([case.ids[i] for i in order])
+    candidates = Candidates(seeds.hashes(["p"]), np.array([len(ids)]), ids, texts, rewards)
+    selections = select_many(candidates, beta=beta, num_samples=case.num_samples, seed=0)
+    (found,) = zip(*diagnose(candidates, selections, beta), strict=True)
+    has_best, gain, acceptance, effective, kl = found
+
+    kept = rewards[selections.is_accepted]
+    assert has_best == bool(kept.size and kept.max() == rewards.max())
+    assert gain == pytest.approx(kept.mean() - rewards.mean() if kept.size else 0.0)
+    assert acceptance == pytest.approx(acceptance_probabilities(rewards, beta).mean())
+    assert effective == pytest.approx(effective_sample_size(rewards, beta))
+    weights = acceptance_probabilities(rewards, beta)
+    posterior = weights / weights.sum()
+    assert kl == pytest.approx(stats.entropy(posterior, np.full(len(ids), 1 / len(ids))), abs=1e-9)
+    assert -1e-9 <= kl <= np.log(len(ids)) + 1e-9

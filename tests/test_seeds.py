@@ -120,3 +120,33 @@ def test_numeric_modules_import_numpy_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_hashes_spell_hex_ids_and_digest_all_others() -> None:
+    ids = ["0123456789abcdef", "ffffffffffffffff", "0123456789ABCDEF", "short", "sixteen-letters!"]
+    found = seeds.hashes(ids)
+    assert found[0] == 0x0123456789ABCDEF and found[1] == 2**64 - 1
+    assert len(set(found.tolist())) == len(ids)
+    for one, number in zip(ids, found, strict=True):
+        assert seeds.hashes([one]) == [number]
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=20))
+def test_hashes_of_bytes_are_those_of_text(numbers: list[int]) -> None:
+    ids = [f"{number:016x}" for number in numbers]
+    assert (
+        seeds.hashes(np.array(ids, dtype="S16")).tolist() == numbers == seeds.hashes(ids).tolist()
+    )
+
+
+def test_bases_of_depend_on_prompt_id_and_purpose() -> None:
+    def of(prompt: str, one: str, *parts: str | int) -> int:
+        return int(seeds.bases_of(seeds.hashes([prompt]), seeds.hashes([one]), *parts)[0])
+
+    states = {
+        of("p", "a", "x", 0),
+        of("q", "a", "x", 0),
+        of("p", "b", "x", 0),
+        of("p", "a", "y", 0),
+    }
+    assert len(states | {of("p", "a", "x", 1)}) == 5

@@ -1,0 +1,258 @@
+"""Rejection sampling: the core against the paper's listing, and the pipeline over Parquet.
+
+Core: 10,000 prompts x 64 candidates, k = 8, beta = 0.5, rewards of standard deviation sigma. The
+listing is timed as the paper prints it and with the standard library's functions in place of
+numpy's; ours draws by key. Hashing of ids is timed apart, since a pipeline does it once. Repeats
+alternate; medians are printed.
+
+Pipeline: rewards and candidates of 10,000 and of 100,000 prompts x 64 in Parquet, `reject` as the
+stage runs it, each in a process of its own, whose peak memory is printed.
+
+Run: .venv/bin/python benchmarks/sampling.py [--quick]
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rso import seeds
+from rso.config import Beam, Reject
+from rso.parquet import read_shard, write_shard
+from rso.rejection import Candidates, select_many
+from schemas import SCHEMAS
+
+NUM_CANDIDATES, NUM_SAMPLES, BETA = 64, 8, 0.5
+SIGMAS = (0.25, 0.5, 1.0, 2.0)
+PROMPTS_PER_SHARD = 2048
+
+
+def main() -> None:
+    """Print both tables, or measure one pipeline where called as a child."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a tenth of the sizes")
+    parser.add_argument("--measure", metavar="DIRECTORY", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(Path(arguments.measure))))
+        return
+    print(f"numpy {np.__version__}, pyarrow {pa.__version__}, {os.cpu_count()} cores", end=", ")
+    print(f"{platform.processor() or platform.machine()}")
+    scale = 10 if arguments.quick else 1
+    core(10_000 // scale)
+    pipeline([10_000 // scale, 100_000 // scale])
+
+
+def listing(texts: list[str], rewards: list[float], num_samples: int, beta: float) -> list[str]:
+    """Appendix A.1 of the paper as it is printed: numpy's scalar functions, a draw at a time."""
+    candidates = dict(zip(texts, rewards, strict=True))
+    accepted: list[str] = []
+    while len(accepted) < num_samples:
+        max_reward = max(candidates.values())
+        to_remove = []
+        for text, reward in candidates.items():
+            if np.random.uniform() >= np.exp((reward - max_reward) / beta):
+                continue
+            accepted.append(text)
+            to_remove.append(text)
+            if len(accepted) == num_samples:
+                break
+        for text in to_remove:
+            candidates.pop(text)
+    return accepted
+
+
+def lean_listing(
+    texts: list[str], rewards: list[float], num_samples: int, beta: float
+) -> list[str]:
+    """The same with the standard library's functions, some ten times faster on single numbers."""
+    candidates = dict(zip(texts, rewards, strict=True))
+    accepted: list[str] = []
+    while len(accepted) < num_samples:
+        max_reward = max(candidates.values())
+        to_remove = []
+        for text, reward in candidates.items():
+            if random.random() >= math.exp((reward - max_reward) / beta):
+                continue
+            accepted.append(text)
+            to_remove.append(text)
+            if len(accepted) == num_samples:
+                break
+        for text in to_remove:
+            candidates.pop(text)
+    return accepted
+
+
+def core(num_prompts: int) -> None:
+    """Time the listing, ours, and the hashing of ids, for several spreads of the rewards."""
+    size = num_prompts * NUM_CANDIDATES
+    draw = np.random.default_rng(0)
+    prompt_ids = [f"{i:016x}" for i in draw.integers(0, 2**63, num_prompts)]
+    numbers = draw.integers(0, 2**63, size)
+    ids = np.array([f"{i:016x}" for i in numbers], dtype="S16")
+    texts = [[f"response {i}" for i in range(NUM_CANDIDATES)]] * num_prompts
+    print(f"\ncore: {num_prompts:,} prompts x {NUM_CANDIDATES}, k = {NUM_SAMPLES}")
+    print(
+        f"{'sigma/beta':>10} {'printed, s':>11} {'lean, s':>8} {'ours, s':>8} {'times':>6}"
+        f" {'times lean':>11} {'ids, s':>7} {'rounds':>7}"
+    )
+    for sigma in SIGMAS:
+        rewards = draw.normal(0, sigma, (num_prompts, NUM_CANDIDATES))
+        rows = rewards.tolist()
+        hashed = seeds.hashes(ids)
+        candidates = Candidates(
+            seeds.hashes(prompt_ids),
+            np.full(num_prompts, NUM_CANDIDATES),
+            hashed,
+            np.tile(np.arange(NUM_CANDIDATES), num_prompts),
+            rewards.ravel(),
+        )
+
+        def printed(rows: list[list[float]] = rows) -> None:
+            for names, row in zip(texts, rows, strict=True):
+                listing(names, row, NUM_SAMPLES, BETA)
+
+        def lean(rows: list[list[float]] = rows) -> None:
+            for names, row in zip(texts, rows, strict=True):
+                lean_listing(names, row, NUM_SAMPLES, BETA)
+
+        def ours(candidates: Candidates = candidates) -> Any:
+            return select_many(candidates, beta=BETA, num_samples=NUM_SAMPLES, seed=0)
+
+        def hashing() -> None:
+            seeds.hashes(ids)
+
+        printed_s, lean_s, ours_s, ids_s = alternate([printed, lean, ours, hashing], repeats=5)
+        rounds = float(ours().num_rounds.mean())
+        print(
+            f"{sigma / BETA:>10.1f} {printed_s:>11.3f} {lean_s:>8.3f} {ours_s:>8.4f}"
+            f" {printed_s / ours_s:>6.0f} {lean_s / ours_s:>11.1f} {ids_s:>7.4f} {rounds:>7.2f}"
+        )
+
+
+def alternate(work: list[Callable[[], Any]], repeats: int) -> list[float]:
+    """Median seconds of each, run in turns after one warm-up each."""
+    seconds: list[list[float]] = [[] for _ in work]
+    for repeat in range(repeats + 1):
+        for function, found in zip(work, seconds, strict=True):
+            started = time.perf_counter()
+            function()
+            if repeat:
+                found.append(time.perf_counter() - started)
+    return [statistics.median(found) for found in seconds]
+
+
+def pipeline(sizes: list[int]) -> None:
+    """Measure the pipeline in a process of its own for each size."""
+    print("\npipeline `reject`, FnApiRunner, one process")
+    print(
+        f"{'prompts':>9} {'rows':>10} {'seconds':>8} {'rows/s':>10} {'peak MiB':>9}"
+        f" {'read':>6} {'sample':>7} {'write':>6} {'Beam and rest':>14}"
+    )
+    for num_prompts in sizes:
+        with tempfile.TemporaryDirectory() as directory:
+            write_inputs(Path(directory), num_prompts)
+            child = subprocess.run(
+                [sys.executable, __file__, "--measure", directory],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+        found = json.loads(child.stdout.splitlines()[-1])
+        rows = num_prompts * NUM_CANDIDATES
+        rest = found["seconds"] - found["read"] - found["sample"] - found["write"]
+        print(
+            f"{num_prompts:>9,} {rows:>10,} {found['seconds']:>8.1f}"
+            f" {rows / found['seconds']:>10,.0f} {found['peak_mib']:>9.0f} {found['read']:>6.1f}"
+            f" {found['sample']:>7.1f} {found['write']:>6.1f} {rest:>14.1f}"
+        )
+
+
+def write_inputs(directory: Path, num_prompts: int) -> None:
+    """Write rewards and candidates, sharded as `prepare` would."""
+    total = -(-num_prompts // PROMPTS_PER_SHARD)
+    draw = np.random.default_rng(0)
+    for index in range(total):
+        count = min(PROMPTS_PER_SHARD, num_prompts - index * PROMPTS_PER_SHARD)
+        size = count * NUM_CANDIDATES
+        prompt_ids = np.repeat(
+            [f"{i:016x}" for i in draw.integers(0, 2**63, count)], NUM_CANDIDATES
+        )
+        response_ids = [f"{i:016x}" for i in draw.integers(0, 2**63, size)]
+        tokens = draw.integers(0, 49_152, (size, 12), dtype=np.int32)
+        texts = [f"Return the {a} of the {b} number {c}." for a, b, c in tokens[:, :3].tolist()]
+        columns: dict[str, Any] = {
+            "prompt_id": prompt_ids,
+            "response_id": response_ids,
+            "sample_index": np.tile(np.arange(NUM_CANDIDATES, dtype=np.int32), count),
+            "response": texts,
+            "token_ids": pa.array(list(tokens), pa.list_(pa.int32())),
+            "num_tokens": np.full(size, 12, dtype=np.int32),
+            "finish_reason": ["stop"] * size,
+            "cumulative_logp": draw.normal(-20, 4, size).astype(np.float32),
+            "is_baseline": np.arange(size) % NUM_CANDIDATES == 0,
+            "reward": draw.normal(0, 1, size).astype(np.float32),
+            "baseline_id": response_ids,
+        }
+        for name in ("candidates", "rewards"):
+            schema = SCHEMAS[name]
+            arrays = [
+                pa.nulls(size, field.type)
+                if field.name not in columns
+                else pa.array(columns[field.name]).cast(field.type)
+                for field in schema
+            ]
+            table = pa.Table.from_arrays(arrays, schema=schema)
+            write_shard(str(directory / name), name, index, total, table)
+
+
+def measure(directory: Path) -> dict[str, float]:
+    """Run the pipeline as the stage does, then its parts one after the other."""
+    from pipelines.reject import COLUMNS, RejectShard
+    from pipelines.shards import Dataset, Plan, map_shards
+    from rso.parquet import num_shards
+
+    total = num_shards(str(directory / "rewards"))
+    inputs = {
+        name: Dataset(str(directory / name), name, columns) for name, columns in COLUMNS.items()
+    }
+    outputs = {"accepted": Dataset(str(directory / "accepted"), "accepted")}
+    function = RejectShard(Reject(beta=BETA, num_samples=NUM_SAMPLES), seed=0)
+    plan = Plan("reject", inputs, outputs, str(directory / "counters"), total)
+    started = time.perf_counter()
+    map_shards(function, plan, Beam())
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    parts = {"read": 0.0, "sample": 0.0, "write": 0.0}
+    for index in range(total):
+        at = time.perf_counter()
+        tables = {
+            name: read_shard(source.directory, name, index, total, source.columns)
+            for name, source in inputs.items()
+        }
+        read = time.perf_counter()
+        made = function(None, tables).tables["accepted"]
+        sampled = time.perf_counter()
+        write_shard(str(directory / "again"), "accepted", index, total, made)
+        parts["read"] += read - at
+        parts["sample"] += sampled - read
+        parts["write"] += time.perf_counter() - sampled
+    return {"seconds": seconds, "peak_mib": peak, **parts}
+
+
+if __name__ == "__main__":
+    main()
