@@ -57,40 +57,24 @@ def main() -> None:
     pipeline([10_000 // scale, 100_000 // scale])
 
 
-def listing(texts: list[str], rewards: list[float], num_samples: int, beta: float) -> list[str]:
-    """Appendix A.1 of the paper as it is printed: numpy's scalar functions, a draw at a time."""
-    candidates = dict(zip(texts, rewards, strict=True))
-    accepted: list[str] = []
-    while len(accepted) < num_samples:
-        max_reward = max(candidates.values())
-        to_remove = []
-        for text, reward in candidates.items():
-            if np.random.uniform() >= np.exp((reward - max_reward) / beta):
-                continue
-            accepted.append(text)
-            to_remove.append(text)
-            if len(accepted) == num_samples:
-                break
-        for text in to_remove:
-            candidates.pop(text)
-    return accepted
-
-
-def lean_listing(
-    texts: list[str], rewards: list[float], num_samples: int, beta: float
+def listing(
+    texts: list[str],
+    rewards: list[float],
+    uniform: Callable[[], float],
+    exp: Callable[[float], float],
 ) -> list[str]:
-    """The same with the standard library's functions, some ten times faster on single numbers."""
+    """Appendix A.1 of the paper, a draw at a time; printed there with numpy's scalar functions."""
     candidates = dict(zip(texts, rewards, strict=True))
     accepted: list[str] = []
-    while len(accepted) < num_samples:
+    while len(accepted) < NUM_SAMPLES:
         max_reward = max(candidates.values())
         to_remove = []
         for text, reward in candidates.items():
-            if random.random() >= math.exp((reward - max_reward) / beta):
+            if uniform() >= exp((reward - max_reward) / BETA):
                 continue
             accepted.append(text)
             to_remove.append(text)
-            if len(accepted) == num_samples:
+            if len(accepted) == NUM_SAMPLES:
                 break
         for text in to_remove:
             candidates.pop(text)
@@ -124,11 +108,11 @@ def core(num_prompts: int) -> None:
 
         def printed(rows: list[list[float]] = rows) -> None:
             for names, row in zip(texts, rows, strict=True):
-                listing(names, row, NUM_SAMPLES, BETA)
+                listing(names, row, np.random.uniform, np.exp)
 
         def lean(rows: list[list[float]] = rows) -> None:
             for names, row in zip(texts, rows, strict=True):
-                lean_listing(names, row, NUM_SAMPLES, BETA)
+                listing(names, row, random.random, math.exp)
 
         def ours(candidates: Candidates = candidates) -> Any:
             return select_many(candidates, beta=BETA, num_samples=NUM_SAMPLES, seed=0)
