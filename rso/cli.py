@@ -41,7 +41,15 @@ VerifyOption = Annotated[
     bool, typer.Option("--verify", help="Check every byte of what is reused; sizes always are.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
 DEFAULT_CONFIG = Path("configs/quickstart.yaml")
+
+export = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Write datasets as files that other trainers read.",
+)
+app.add_typer(export, name="export")
 
 
 @app.callback()
@@ -265,6 +273,46 @@ def report(
     """Print the results of a finished run and where its HTML report is."""
     graph = _graph(config, set_)
     _print_results(graph, as_json, set(graph.table))
+
+
+@export.command("pairs")
+def export_pairs(
+    form: Annotated[
+        str, typer.Option("--format", metavar="trl|openrlhf|llama-factory", help="Which trainer.")
+    ],
+    out: Annotated[Path, typer.Option(help="File to write, .jsonl or .parquet.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    set_: SetOption = [],  # noqa: B006
+    split: Annotated[
+        str | None, typer.Option(help="Pairs of this split alone; all by default.")
+    ] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the preference pairs as one file for DPO training in another library.
+
+    The trainers make of it the text that `rso` trains on; docs/export.md says how to start them.
+    """
+    from rso.export import export_pairs as write_pairs
+    from rso.models import load_tokenizer, resolve
+
+    graph = _graph(config, set_)
+    done = write_pairs(
+        _artifact(graph, "pair"),
+        form,
+        out,
+        graph.config.templates,
+        lambda: load_tokenizer(resolve(graph.config.model).location),
+        split=split,
+        force=force,
+    )
+    if as_json:
+        _print_json({"format": form, **done._asdict(), "load": done.load})
+        return
+    typer.echo(f"{done.rows:,} pairs  {done.path}")
+    if done.dataset_info is not None:
+        typer.echo(f"described as {done.path.stem!r} in {done.dataset_info}")
+    typer.echo(done.load)
 
 
 def main() -> None:

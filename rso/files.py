@@ -202,12 +202,20 @@ def is_temporary(path: str) -> bool:
 
 def write_durably(path: str, data: Any) -> None:
     """Write a local file whole: temporary file, flush to disk, rename."""
+    with replaced(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+
+
+@contextmanager
+def replaced(path: str) -> Iterator[str]:
+    """Yield a name beside `path` to write a file at; at the end, on disk, it takes its place.
+
+    After an exception nothing is left and `path` is as it was.
+    """
     temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -217,6 +225,10 @@ def write_durably(path: str, data: Any) -> None:
 
 def sync_directory(path: str) -> None:
     """Flush a directory's entries to disk, so that a rename outlives a power cut."""
+    _flush(path)
+
+
+def _flush(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -16,10 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import system
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from rso import cli
 from rso.config import load_config
 from rso.errors import UserError
+from rso.templates import encode_prompt
 from schemas import SCHEMAS, sort_keys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,6 +192,64 @@ def test_stage_with_an_input_from_a_folder_is_another_artifact(
     assert system.statuses(run)["pair"] == "cached"
 
 
+def test_export_writes_the_pairs_for_another_trainer(
+    rso: Rso, finished: system.Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "pairs.jsonl"
+    here = ("export", "pairs", "--config", finished.path, "--out", out, "--format", "trl")
+    answer = rso(*here)
+    pairs = finished.rows("pair/pairs")
+    load = f'datasets.load_dataset("json", data_files="{out}", split="train")'
+    assert answer.out.splitlines() == [f"{len(pairs)} pairs  {out}", load]
+    written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["pair_id"] for row in written] == [row["pair_id"] for row in pairs]
+    assert "--force" in refusal(rso(*here))
+    assert rso(*here, "--force", "--split", "train", "--json").json == {
+        "format": "trl",
+        "rows": len(pairs),
+        "path": str(out),
+        "dataset_info": None,
+        "load": load,
+    }
+
+
+def test_export_holds_the_text_of_the_ids_of_direct_pairs(
+    rso: Rso,
+    finished: system.Run,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    people = system.write_human_comparisons(tmp_path / "people.jsonl")
+    sources = [*finished.config().model_dump()["prepare"]["sources"], people]
+    changes = [
+        f"store={tmp_path / 'store'}",
+        system.override("prepare.sources", sources),
+        "comparisons.labeller=null",
+        "pair.source=direct",
+        "templates.prompt='{prompt} In short:'",
+        "templates.response_prefix=' '",
+    ]
+    here = ("--config", finished.path, *(word for change in changes for word in ("--set", change)))
+    out = ("--format", "llama-factory", "--out", tmp_path / "pairs.parquet")
+    assert "stage pair has no artifact" in refusal(rso("export", "pairs", *here, *out))
+    config = system.load(finished.path, *changes)
+    system.run_all(config, until="pair")
+    answer = rso("export", "pairs", *here, *out)
+    assert answer.code == 0, answer.err
+    assert f"described as 'pairs' in {tmp_path / 'dataset_info.json'}" in answer.out
+    artifact = system.graph_of(config).find("pair")
+    assert artifact is not None
+    pairs = artifact.read("pairs").to_pylist()
+    written = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
+    assert len(written) == len(pairs) > 0
+    for row, pair in zip(written, pairs, strict=True):
+        prompt = tiny_tokenizer.encode(row["instruction"], add_special_tokens=False)
+        assert prompt == encode_prompt(tiny_tokenizer, config.templates, pair["prompt"])
+        for side in ("chosen", "rejected"):
+            ids = tiny_tokenizer.encode(row[side], add_special_tokens=False)
+            assert ids == pair[f"{side}_token_ids"]
+
+
 def flip_a_byte(run: system.Run, place: str) -> None:
     stage, output = place.split("/")
     path = Path(run.artifact(stage).shards(output)[0])
@@ -355,6 +415,10 @@ def test_bad_input_store_that_cannot_be_written(
         (["stage", "reject", "--input", "rewards"], ["NAME=PATH"]),
         (["stage", "reject", "--input", "rewards=/nowhere"], ["/nowhere", "rewards"]),
         (["verify", "distil"], ["'distil'"]),
+        (
+            ["export", "pairs", "--format", "dpo", "--out", "x.jsonl"],
+            ["--format dpo", "trl, openrlhf, llama-factory"],
+        ),
     ],
 )
 def test_bad_input_names(

@@ -1,0 +1,286 @@
+"""Preference pairs as files for other trainers: TRL, OpenRLHF and LLaMA-Factory.
+
+The text that a trainer makes of a row is the text that our own policy training tokenises:
+docs/export.md says what each trainer adds, as read in TRL 1.16, OpenRLHF 0.11 and
+LLaMA-Factory 0.9.5.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rso.artifact import Artifact
+from rso.config import Split, Templates
+from rso.errors import UserError
+from rso.files import replaced
+from rso.progress import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Pair = Mapping[str, Any]
+"""A row of `pairs`."""
+Row = dict[str, Any]
+
+DATASET_INFO = "dataset_info.json"
+LOADERS = {".jsonl": "json", ".parquet": "parquet"}
+BATCH_ROWS = 4096
+
+
+class SpecialTexts(NamedTuple):
+    """What our tokenising path puts around a plain prompt and its response, as text."""
+
+    bos: str
+    """Before the prompt; empty where the tokenizer puts nothing there."""
+    eos: str
+    """After the response."""
+
+
+class Exported(NamedTuple):
+    """What was written."""
+
+    rows: int
+    path: Path
+    dataset_info: Path | None
+    """The file that describes `path` to LLaMA-Factory."""
+
+    @property
+    def load(self) -> str:
+        """One line of Python that opens the file."""
+        loader = LOADERS[self.path.suffix]
+        return f'datasets.load_dataset("{loader}", data_files="{self.path}", split="train")'
+
+
+def export_pairs(
+    artifact: Artifact,
+    name: str,
+    out: Path,
+    templates: Templates,
+    tokenizer: "Callable[[], PreTrainedTokenizerBase]",
+    *,
+    split: str | None = None,
+    force: bool = False,
+) -> Exported:
+    """Write the `pairs` of an artifact to `out`, of one `split` or all, in the format `name`.
+
+    The file is whole or not there, in the order of the artifact; one shard is in memory at a time.
+    `tokenizer` is called where the format needs the texts of special tokens.
+
+    Raises:
+        UserError: format, suffix or split is unknown, a file is in the way and not `force`, there
+            are no rows, or `out` cannot be written.
+    """
+    out = Path(os.path.abspath(out))
+    if name not in FORMATS:
+        raise UserError(f"--format {name}: expected one of {', '.join(FORMATS)}.")
+    _check_target(out, split, force)
+    form, is_chat = FORMATS[name], templates.prompt == "chat"
+    entry = _dataset_entry(out, is_chat=is_chat) if form.has_dataset_info else None
+    described = None if entry is None else _described(out, entry, force)
+    special = SpecialTexts("", "")
+    if form.writes_special and not is_chat:
+        special = special_texts(tokenizer(), templates)
+    batches = _batches(artifact, split, lambda pair: form.row(pair, templates, special))
+    write = _write_jsonl if out.suffix == ".jsonl" else _write_parquet
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(str(out)) as temporary:
+            rows = write(temporary, batches)
+        if described is None:
+            return Exported(rows, out, None)
+        with replaced(str(out.parent / DATASET_INFO)) as temporary:
+            # ASCII alone: LLaMA-Factory opens it in the encoding of the locale.
+            Path(temporary).write_text(json.dumps(described, indent=2) + "\n", encoding="ascii")
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: cannot be written ({error.strerror or error}); name a file in a folder "
+            "that you may write to and that has room."
+        ) from error
+    return Exported(rows, out, out.parent / DATASET_INFO)
+
+
+def trl_row(pair: Pair, templates: Templates, special: SpecialTexts) -> Row:
+    """Return the pair as TRL's preference type, with an explicit prompt.
+
+    `special` is not used: TRL puts the special tokens around plain text itself.
+    """
+    if templates.prompt == "chat":
+        return _messages(pair, templates)
+    return _plain(pair, templates, SpecialTexts("", ""))
+
+
+def openrlhf_row(pair: Pair, templates: Templates, special: SpecialTexts) -> Row:
+    """Return the pair for OpenRLHF with `prompt_key` prompt.
+
+    Plain text holds its special tokens: OpenRLHF adds none before it, and would add a space with
+    the one after it.
+    """
+    if templates.prompt == "chat":
+        return _messages(pair, templates)
+    return _plain(pair, templates, special)
+
+
+def llama_factory_row(pair: Pair, templates: Templates, special: SpecialTexts) -> Row:
+    """Return the pair as LLaMA-Factory's preference type: sharegpt for chat, alpaca for plain text.
+
+    Plain text holds its special tokens: the template `empty` adds none.
+    """
+    if templates.prompt == "chat":
+        user = templates.instruction.replace("{prompt}", pair["prompt"])
+        return {
+            "conversations": [{"from": "human", "value": user}],
+            "chosen": {"from": "gpt", "value": _response(pair, "chosen", templates)},
+            "rejected": {"from": "gpt", "value": _response(pair, "rejected", templates)},
+            **_ours(pair),
+        }
+    row = _plain(pair, templates, special)
+    return {"instruction": row.pop("prompt"), **row}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a trainer wants its rows."""
+
+    row: Callable[[Pair, Templates, SpecialTexts], Row]
+    writes_special: bool
+    """Whether plain text holds the texts of the special tokens."""
+    has_dataset_info: bool = False
+
+
+FORMATS = {
+    "trl": Format(trl_row, writes_special=False),
+    "openrlhf": Format(openrlhf_row, writes_special=True),
+    "llama-factory": Format(llama_factory_row, writes_special=True, has_dataset_info=True),
+}
+
+
+def special_texts(tokenizer: "PreTrainedTokenizerBase", templates: Templates) -> SpecialTexts:
+    """Return what the tokenising path puts around the text of a plain template."""
+    from rso.templates import encode_prompt
+
+    begins = encode_prompt(tokenizer, templates, "x")[:1] == [tokenizer.bos_token_id]
+    is_written = begins and templates.prompt.startswith(str(tokenizer.bos_token))
+    bos = str(tokenizer.bos_token) if begins and not is_written else ""
+    return SpecialTexts(bos, str(tokenizer.eos_token))
+
+
+def _messages(pair: Pair, templates: Templates) -> Row:
+    user = templates.instruction.replace("{prompt}", pair["prompt"])
+    return {
+        "prompt": [{"role": "user", "content": user}],
+        "chosen": [{"role": "assistant", "content": _response(pair, "chosen", templates)}],
+        "rejected": [{"role": "assistant", "content": _response(pair, "rejected", templates)}],
+        **_ours(pair),
+    }
+
+
+def _plain(pair: Pair, templates: Templates, special: SpecialTexts) -> Row:
+    return {
+        "prompt": special.bos + templates.prompt.replace("{prompt}", pair["prompt"]),
+        "chosen": _response(pair, "chosen", templates) + special.eos,
+        "rejected": _response(pair, "rejected", templates) + special.eos,
+        **_ours(pair),
+    }
+
+
+def _response(pair: Pair, side: str, templates: Templates) -> str:
+    # A decoded response begins with the prefix already: the policy was taught to write it.
+    prefix = templates.response_prefix if pair["origin"] == "direct" else ""
+    return f"{prefix}{pair[side]}"
+
+
+def _ours(pair: Pair) -> Row:
+    return {name: pair[name] for name in ("pair_id", "prompt_id", "label_probability")}
+
+
+def _check_target(out: Path, split: str | None, force: bool) -> None:
+    if out.suffix not in LOADERS:
+        raise UserError(
+            f"--out {out}: found the suffix {out.suffix!r}, expected {' or '.join(LOADERS)}; it "
+            "says which kind of file to write."
+        )
+    if split is not None and split not in get_args(Split):
+        raise UserError(f"--split {split}: expected one of {', '.join(get_args(Split))}.")
+    if out.is_dir() or (out.exists() and not force):
+        what = "a folder" if out.is_dir() else "there already"
+        raise UserError(f"--out {out}: is {what}; name another file, or replace a file by --force.")
+
+
+def _batches(
+    artifact: Artifact, split: str | None, row: Callable[[Pair], Row]
+) -> Iterator[list[Row]]:
+    num_rows = 0
+    with progress("export", total=artifact.rows("pairs"), unit="pairs") as bar:
+        for index in range(artifact.num_shards("pairs")):
+            table = artifact.shard("pairs", index)
+            kept = table if split is None else table.filter(pc.field("split") == split)
+            for batch in kept.to_batches(max_chunksize=BATCH_ROWS):
+                yield [row(pair) for pair in batch.to_pylist()]
+            num_rows += kept.num_rows
+            bar.advance(table.num_rows)
+    if num_rows == 0:
+        of_split = "" if split is None else f" of split {split}, of {artifact.rows('pairs')} in all"
+        raise UserError(
+            f"{artifact.output('pairs')}: no rows{of_split}; nothing was written: pairs are made "
+            "of training prompts, so leave --split out or see the counters of `rso show pair`."
+        )
+
+
+def _write_jsonl(path: str, batches: Iterator[list[Row]]) -> int:
+    num_rows = 0
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for rows in batches:
+            file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+            num_rows += len(rows)
+    return num_rows
+
+
+def _write_parquet(path: str, batches: Iterator[list[Row]]) -> int:
+    first = pa.Table.from_pylist(next(batches))
+    num_rows: int = first.num_rows
+    with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+        writer.write_table(first)
+        for rows in batches:
+            writer.write_table(pa.Table.from_pylist(rows, schema=first.schema))
+            num_rows += len(rows)
+    return num_rows
+
+
+def _dataset_entry(out: Path, *, is_chat: bool) -> Row:
+    """Return what LLaMA-Factory has to know of the file."""
+    prompt = {"messages": "conversations"} if is_chat else {"prompt": "instruction"}
+    return {
+        "file_name": out.name,
+        "formatting": "sharegpt" if is_chat else "alpaca",
+        "ranking": True,
+        "columns": {**prompt, "chosen": "chosen", "rejected": "rejected"},
+    }
+
+
+def _described(out: Path, entry: Row, force: bool) -> Row:
+    """Return the descriptions beside `out` with `entry` among them, under the name of the file."""
+    path = out.parent / DATASET_INFO
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); mend or move it.") from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path}: expected an object of dataset descriptions, found {type(found).__name__}; "
+            "mend or move it."
+        )
+    if found.get(out.stem, entry) != entry and not force:
+        raise UserError(
+            f"{path}: already describes another dataset {out.stem!r}; name another file, or "
+            "replace the description by --force."
+        )
+    return {**found, out.stem: entry}
