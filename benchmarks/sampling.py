@@ -2,8 +2,8 @@
 
 Core: 10,000 prompts x 64 candidates, k = 8, beta = 0.5, rewards of standard deviation sigma. The
 listing is timed as the paper prints it and with the standard library's functions in place of
-numpy's; ours draws by key. Hashing of ids is timed apart, since a pipeline does it once. Repeats
-alternate; medians are printed.
+numpy's; ours draws by key. What the ids give (the order of the walk and its draws), once for all
+beta, is timed apart. Repeats alternate; medians are printed.
 
 Pipeline: rewards and candidates of 10,000 and of 100,000 prompts x 64 in Parquet, `reject` as the
 stage runs it, each in a process of its own, whose peak memory is printed.
@@ -33,7 +33,7 @@ import pyarrow as pa
 from rso import seeds
 from rso.config import Beam, Reject
 from rso.parquet import read_shard, write_shard
-from rso.rejection import Candidates, select_many
+from rso.rejection import Candidates, select_many, states_of
 from schemas import SCHEMAS
 
 NUM_CANDIDATES, NUM_SAMPLES, BETA = 64, 8, 0.5
@@ -89,6 +89,11 @@ def core(num_prompts: int) -> None:
     numbers = draw.integers(0, 2**63, size)
     ids = np.array([f"{i:016x}" for i in numbers], dtype="S16")
     texts = [[f"response {i}" for i in range(NUM_CANDIDATES)]] * num_prompts
+    sizes = np.full(num_prompts, NUM_CANDIDATES)
+
+    def states() -> seeds.UInt64s:
+        return states_of(seeds.hashes(prompt_ids), sizes, seeds.hashes(ids), seed=0)
+
     print(f"\ncore: {num_prompts:,} prompts x {NUM_CANDIDATES}, k = {NUM_SAMPLES}")
     print(
         f"{'sigma/beta':>10} {'printed, s':>11} {'lean, s':>8} {'ours, s':>8} {'times':>6}"
@@ -97,11 +102,9 @@ def core(num_prompts: int) -> None:
     for sigma in SIGMAS:
         rewards = draw.normal(0, sigma, (num_prompts, NUM_CANDIDATES))
         rows = rewards.tolist()
-        hashed = seeds.hashes(ids)
         candidates = Candidates(
-            seeds.hashes(prompt_ids),
-            np.full(num_prompts, NUM_CANDIDATES),
-            hashed,
+            sizes,
+            states(),
             np.tile(np.arange(NUM_CANDIDATES), num_prompts),
             rewards.ravel(),
         )
@@ -115,12 +118,9 @@ def core(num_prompts: int) -> None:
                 listing(names, row, random.random, math.exp)
 
         def ours(candidates: Candidates = candidates) -> Any:
-            return select_many(candidates, beta=BETA, num_samples=NUM_SAMPLES, seed=0)
+            return select_many(candidates, beta=BETA, num_samples=NUM_SAMPLES)
 
-        def hashing() -> None:
-            seeds.hashes(ids)
-
-        printed_s, lean_s, ours_s, ids_s = alternate([printed, lean, ours, hashing], repeats=5)
+        printed_s, lean_s, ours_s, ids_s = alternate([printed, lean, ours, states], repeats=5)
         rounds = float(ours().num_rounds.mean())
         print(
             f"{sigma / BETA:>10.1f} {printed_s:>11.3f} {lean_s:>8.3f} {ours_s:>8.4f}"

@@ -16,6 +16,7 @@ from rso.rejection import (
     Selections,
     diagnose,
     select_many,
+    states_of,
 )
 from schemas import SCHEMAS
 
@@ -39,9 +40,8 @@ class RejectShard:
         _check_ids(rewards, texts)
         prompt_ids, sizes = prompt_runs(rewards)
         candidates = Candidates(
-            prompt_hashes=hashes(prompt_ids),
             sizes=sizes,
-            id_hashes=hashes(rewards["response_id"]),
+            states=states_of(hashes(prompt_ids), sizes, hashes(rewards["response_id"]), self.seed),
             texts=_numbers(texts["response"]),
             rewards=rewards["reward"].to_numpy().astype(np.float64),
         )
@@ -50,7 +50,6 @@ class RejectShard:
             candidates,
             beta=self.settings.beta,
             num_samples=self.settings.num_samples,
-            seed=self.seed,
             duplicates=self.settings.duplicates,
         )
         figures = diagnose(candidates, selections, self.settings.beta)

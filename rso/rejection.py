@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from rso import seeds
 
@@ -22,8 +23,16 @@ Indices = npt.NDArray[np.intp]
 Bools = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int64]
 
-# Candidates walked at once: some arrays of this size fit a core's cache.
-_BLOCK = 1 << 15
+# Candidates walked at once: the arrays of a step fit a core's cache.
+_BLOCK = 1 << 16
+
+# The lowest bits of a key are a column, the other 40 random.
+_COLUMN_BITS = 24
+_COLUMN = np.uint64(2**_COLUMN_BITS - 1)
+_NEVER = np.uint64(2**64 - 1)
+
+# Positions: not accepted, and a copy of what was, out of play.
+_DECLINED, _RETIRED = -1, -2
 
 
 class NonFiniteReward(ValueError):
@@ -58,6 +67,8 @@ class Selections(NamedTuple):
     num_rounds: Counts
     num_draws: Counts
     num_shortfall: Counts
+    draws_by_round: Counts
+    """[rounds]: the draws of each pass, of all prompts."""
 
 
 def rejection_sample(
@@ -98,12 +109,10 @@ class Candidates(NamedTuple):
     the smallest id stand for a text.
     """
 
-    prompt_hashes: seeds.UInt64s
-    """[P]: `seeds.hashes` of the prompt ids."""
     sizes: Indices
     """[P]: candidates of each prompt."""
-    id_hashes: seeds.UInt64s
-    """[N]: `seeds.hashes` of the candidates' ids."""
+    states: seeds.UInt64s
+    """[N]: `states_of` their ids, which order the walk and give its draws."""
     texts: Indices
     """[N]: numbers from 0, equal for equal texts of one prompt."""
     rewards: Floats
@@ -148,15 +157,18 @@ def select(
     number: dict[str, int] = {}
     found = select_many(
         Candidates(
-            prompt_hashes=seeds.hashes([prompt_id]),
             sizes=np.array([len(ids)]),
-            id_hashes=seeds.hashes([ids[index] for index in by_id]),
+            states=states_of(
+                seeds.hashes([prompt_id]),
+                np.array([len(ids)]),
+                seeds.hashes([ids[index] for index in by_id]),
+                seed,
+            ),
             texts=np.array([number.setdefault(texts[i], i) for i in by_id], dtype=np.intp),
             rewards=values[by_id],
         ),
         beta=beta,
         num_samples=num_samples,
-        seed=seed,
         duplicates=duplicates,
     )
     given = np.argsort(by_id)
@@ -171,12 +183,22 @@ def select(
     )
 
 
+def states_of(
+    prompt_hashes: seeds.UInt64s, sizes: Indices, id_hashes: seeds.UInt64s, seed: int
+) -> seeds.UInt64s:
+    """uint64 [N]: what orders the walk and gives its draws, a function of (seed, prompt, id).
+
+    From `seeds.hashes` of the P prompts and of their N candidates, `sizes` of each prompt. The top
+    40 bits put a candidate in its place; `seeds.uniforms_at` makes its draw in each pass.
+    """
+    return seeds.bases_of(np.repeat(prompt_hashes, sizes), id_hashes, "rejection", seed)
+
+
 def select_many(
     candidates: Candidates,
     *,
     beta: float,
     num_samples: int,
-    seed: int,
     duplicates: Duplicates = "keep",
 ) -> Selections:
     """Algorithm 1 on the candidates of many prompts at once, each prompt as by `select`.
@@ -186,29 +208,8 @@ def select_many(
     Raises ValueError for settings out of range; rewards are taken to be finite.
     """
     _check_settings("select", beta, num_samples, duplicates)
-    num_prompts, size = len(candidates.sizes), len(candidates.rewards)
-    result = Selections(
-        is_accepted=np.zeros(size, dtype=np.bool_),
-        round=np.full(size, -1, dtype=np.int32),
-        position=np.full(size, -1, dtype=np.int32),
-        acceptance_probability=np.zeros(size),
-        num_rounds=np.zeros(num_prompts, dtype=np.int64),
-        num_draws=np.zeros(num_prompts, dtype=np.int64),
-        num_shortfall=np.full(num_prompts, num_samples, dtype=np.int64),
-    )
-    walk = _Walk(candidates, result, beta, num_samples, seed, duplicates == "collapse")
-    # Of similar size, so that little of a block is padding.
-    by_size = np.argsort(candidates.sizes, kind="stable")
-    start = int(np.searchsorted(candidates.sizes[by_size], 0, side="right"))
-    while start < num_prompts:
-        num = max(1, _BLOCK // int(candidates.sizes[by_size[start]]))
-        # The last prompt of a block is the widest.
-        while num > 1 and num * int(candidates.sizes[by_size[start:][:num]][-1]) > 2 * _BLOCK:
-            num //= 2
-        walk.block(by_size[start : start + num])
-        start += num
-    np.greater_equal(result.position, 0, out=result.is_accepted)
-    return result
+    walk = _walked if duplicates == "keep" else _collapsed
+    return walk(candidates, beta, num_samples)
 
 
 def diagnose(candidates: Candidates, selections: Selections, beta: float) -> Diagnostics:
@@ -273,142 +274,185 @@ def _probabilities(rewards: Floats, largest: Floats | np.float64, beta: float) -
         if beta == 0:
             return np.where(gaps == 0, 1.0, 0.0)
         if np.isinf(beta):
-            return np.ones_like(gaps)
-        # Candidates out of play may lie above the largest in play.
-        probabilities: Floats = np.exp(np.minimum(gaps, 0.0) / beta)
+            return (rewards > -np.inf).astype(np.float64)
+        probabilities: Floats = np.exp(gaps / beta)
         return probabilities
 
 
+def _walked(given: Candidates, beta: float, num_samples: int) -> Selections:
+    """Walk prompts of one size side by side, those that may have copies apart from the others."""
+    result = _nothing_accepted(given, num_samples)
+    starts = np.cumsum(given.sizes) - given.sizes
+    may_have_copies = _may_have_copies(given.texts, starts)
+    texts = given.texts.copy() if may_have_copies.any() else None
+    for size in np.unique(given.sizes[given.sizes > 0]).tolist():
+        for has_copies in (False, True):
+            prompts = np.flatnonzero((given.sizes == size) & (may_have_copies == has_copies))
+            walk = _Walk(given, result, starts, size, beta, num_samples)
+            walk.run(prompts, texts if has_copies else None)
+    np.maximum(result.position, _DECLINED, out=result.position)
+    np.greater_equal(result.position, 0, out=result.is_accepted)
+    return result
+
+
+def _nothing_accepted(candidates: Candidates, num_samples: int) -> Selections:
+    num_prompts, size = len(candidates.sizes), len(candidates.rewards)
+    max_rounds = min(num_samples, int(candidates.sizes.max(initial=0)))
+    return Selections(
+        is_accepted=np.zeros(size, dtype=np.bool_),
+        round=np.full(size, _DECLINED, dtype=np.int32),
+        position=np.full(size, _DECLINED, dtype=np.int32),
+        acceptance_probability=np.zeros(size),
+        num_rounds=np.zeros(num_prompts, dtype=np.int64),
+        num_draws=np.zeros(num_prompts, dtype=np.int64),
+        num_shortfall=np.full(num_prompts, num_samples, dtype=np.int64),
+        draws_by_round=np.zeros(max_rounds, dtype=np.int64),
+    )
+
+
+def _may_have_copies(texts: Indices, starts: Indices) -> Bools:
+    """[prompts]: whether texts may repeat; numbered as they first appear, they rise if none do."""
+    falls = np.flatnonzero(texts[1:] <= texts[:-1]) + 1
+    prompts = np.searchsorted(starts, falls, side="right") - 1
+    found = np.zeros(len(starts), dtype=np.bool_)
+    found[prompts[falls > starts[prompts]]] = True
+    return found
+
+
 class _Walk:
-    """The passes of algorithm 1 over blocks of prompts, a prompt a row, its candidates columns."""
+    """The passes over prompts of one size: a prompt a row, its candidates columns."""
 
     def __init__(
         self,
-        candidates: Candidates,
+        given: Candidates,
         result: Selections,
+        starts: Indices,
+        size: int,
         beta: float,
         num_samples: int,
-        seed: int,
-        collapse: bool,
     ) -> None:
-        self._given, self._result = candidates, result
-        self._beta, self._num_samples, self._collapse = beta, num_samples, collapse
-        ends = np.cumsum(candidates.sizes)
-        self._starts = ends - candidates.sizes
-        self._seed = seed
+        self._result, self._starts, self._size = result, starts, size
+        self._beta, self._num_samples = beta, num_samples
+        # Views, [start, column]: the `size` values from each start on.
+        self._states = sliding_window_view(given.states, size)
+        self._rewards = sliding_window_view(given.rewards, size)
+        self._texts: Indices | None = None
+        self._position = sliding_window_view(result.position, size, writeable=True)
+        self._probability = sliding_window_view(result.acceptance_probability, size, writeable=True)
 
-    def block(self, prompts: Indices) -> None:
-        """Fill in the result for some prompts."""
-        given, result = self._given, self._result
-        sizes = given.sizes[prompts]
-        columns = np.arange(int(sizes.max()))
-        exists = columns < sizes[:, None]
-        # Padding points at a candidate of the same prompt and is never alive.
-        index = self._starts[prompts][:, None] + np.minimum(columns, sizes[:, None] - 1)
-        prompt = given.prompt_hashes[prompts][:, None]
-        order = seeds.bases_of(prompt, given.id_hashes[index], "rejection", self._seed)
-        order[~exists] = np.iinfo(np.uint64).max
-        walk = np.argsort(order, axis=1)
-        text = _first_copies(np.where(exists, given.texts[index], -1 - columns))
-        index = np.take_along_axis(index, walk, axis=1)
-        # Padding sorts behind all candidates.
-        alive = exists.copy()
-        if text is not None:
-            text = np.take_along_axis(text, walk, axis=1)
-            if self._collapse:
-                alive &= text == walk
-        states = seeds.bases_of(prompt, given.id_hashes[index], "uniforms", self._seed)
-        rewards = given.rewards[index]
-        probability = _acceptance(rewards, exists, self._beta)
-        self._passes(prompts, index, rewards, states, alive, text, probability)
-        if text is not None and self._collapse:
-            # Copies get the probability of the one that stands for them.
-            standing = np.empty_like(walk)
-            np.put_along_axis(standing, walk, columns[None, :], axis=1)
-            place = np.take_along_axis(standing, text, axis=1)
-            probability = np.take_along_axis(probability, place, axis=1)
-        result.acceptance_probability[index[exists]] = probability[exists]
+    def run(self, prompts: Indices, texts: Indices | None) -> None:
+        """Make passes until every prompt has its samples or no candidates in play.
 
-    def _passes(
-        self,
-        prompts: Indices,
-        index: Indices,
-        rewards: Floats,
-        states: seeds.UInt64s,
-        alive: Bools,
-        text: Indices | None,
-        probability: Floats,
-    ) -> None:
-        """Walk until every prompt has its samples or no candidates; `probability` is updated."""
-        result = self._result
-        rows = np.arange(len(prompts))
-        num_accepted = np.zeros(len(prompts), dtype=np.int64)
+        `texts` are those of all candidates, None if no prompt has copies; a copy to write in.
+        """
+        if texts is not None:
+            self._texts = sliding_window_view(texts, self._size, writeable=True)
+            for some in self._blocks(prompts):
+                starts = self._starts[some]
+                self._texts[starts] = _columns_of_texts(self._texts[starts])
         # Ends: in each pass the largest reward has probability one, and a uniform is below one.
-        for number in range(self._num_samples):
-            goes_on = alive.any(axis=1) & (num_accepted[rows] < self._num_samples)
-            if not goes_on.any():
-                break
-            if not goes_on.all():
-                rows, index, rewards, states, alive = (
-                    array[goes_on] for array in (rows, index, rewards, states, alive)
-                )
-                text = None if text is None else text[goes_on]
-            room = self._num_samples - num_accepted[rows][:, None]
-            chance = _acceptance(rewards, alive, self._beta)
-            probability[rows] = np.where(alive, chance, probability[rows])
-            is_hit = alive & (seeds.uniforms_at(states, number) < chance)
-            if text is not None:
-                _drop_later_copies(is_hit, text)
-            counts = np.cumsum(is_hit, axis=1)
-            is_accepted = is_hit & (counts <= room)
-            # A draw is made until the last sample is found.
-            is_drawn = alive & (counts - is_hit < room)
-            row, column = np.nonzero(is_accepted)
-            chosen = index[row, column]
-            result.round[chosen] = number
-            result.position[chosen] = num_accepted[rows[row]] + counts[row, column] - 1
-            if text is None:
-                alive &= ~is_accepted
-            else:
-                retired_at = np.full(text.shape, text.shape[1])
-                retired_at[row, text[row, column]] = column
-                retired_at = np.take_along_axis(retired_at, text, axis=1)
-                # A copy behind the one that was accepted makes no draw.
-                is_drawn &= np.arange(text.shape[1]) <= retired_at
-                alive &= retired_at == text.shape[1]
-            num_accepted[rows] += np.minimum(counts[:, -1], room[:, 0])
-            result.num_draws[prompts[rows]] += is_drawn.sum(axis=1)
-            result.num_rounds[prompts[rows]] += 1
-        result.num_shortfall[prompts] = self._num_samples - num_accepted
+        for number in range(min(self._num_samples, self._size)):
+            left = [self._pass(number, some) for some in self._blocks(prompts)]
+            prompts = np.concatenate([prompts[:0], *left])
+
+    def _blocks(self, prompts: Indices) -> list[Indices]:
+        """So many prompts at a time as fit a core's cache."""
+        num = max(1, _BLOCK // self._size)
+        return [prompts[at : at + num] for at in range(0, len(prompts), num)]
+
+    def _pass(self, number: int, prompts: Indices) -> Indices:
+        """Make pass `number` over the candidates in play; return the prompts that need another."""
+        result, starts = self._result, self._starts[prompts]
+        states, rewards = self._states[starts], self._rewards[starts]
+        keys = (states & ~_COLUMN) | np.arange(self._size, dtype=np.uint64)
+        if number:
+            is_out = self._position[starts] != _DECLINED
+            np.putmask(rewards, is_out, -np.inf)
+            np.putmask(keys, is_out, _NEVER)
+        chance = _probabilities(rewards, rewards.max(axis=1, keepdims=True), self._beta)
+        is_miss = seeds.uniforms_at(states, number) >= chance
+        # All bits set, _NEVER, where it is a miss.
+        hits = keys | -is_miss.astype(np.uint64)
+        if self._texts is not None:
+            # Of the copies of a text the first one hit is accepted; those behind make no draw.
+            least = _least_of_text(hits, self._texts[starts])
+            np.putmask(hits, hits > least, _NEVER)
+            is_miss = least == _NEVER
+        hits.sort(axis=1)
+        hits = hits[:, : self._num_samples]
+        room = result.num_shortfall[prompts]
+        row, order = np.nonzero((hits != _NEVER) & (np.arange(hits.shape[1]) < room[:, None]))
+        places = starts[row] + (hits[row, order] & _COLUMN).astype(np.intp)
+        result.round[places] = number
+        result.position[places] = self._num_samples - room[row] + order
+        count = np.bincount(row, minlength=len(room))
+
+        # No draw is made beyond the last sample.
+        last = np.where(count < room, _NEVER - 1, hits[np.arange(len(room)), count - 1])[:, None]
+        is_drawn = keys <= (last if self._texts is None else np.minimum(least, last))
+        num_draws = is_drawn.sum(axis=1)
+        result.num_draws[prompts] += num_draws
+        result.draws_by_round[number] += num_draws.sum()
+        result.num_rounds[prompts] += 1
+        result.num_shortfall[prompts] -= count
+        if number:
+            # They rise from pass to pass, and are zero out of play.
+            np.maximum(chance, self._probability[starts], out=chance)
+        self._probability[starts] = chance
+
+        # Where there is room left, all that was hit was accepted.
+        is_left = ((keys != _NEVER) & is_miss).any(axis=1) & (count < room)
+        if self._texts is not None:
+            position = self._position[starts[is_left]]
+            np.putmask(position, ~is_miss[is_left] & (position == _DECLINED), _RETIRED)
+            self._position[starts[is_left]] = position
+        left: Indices = prompts[is_left]
+        return left
 
 
-def _acceptance(rewards: Floats, alive: Bools, beta: float) -> Floats:
-    """[rows, columns]: the acceptance probabilities among the living of each row."""
-    largest = np.where(alive, rewards, -np.inf).max(axis=1, keepdims=True)
-    return _probabilities(rewards, largest, beta)
+def _columns_of_texts(texts: Indices) -> Indices:
+    """[rows, columns]: a column for each text, the same for all its copies."""
+    columns = np.arange(texts.shape[1])
+    # One sort of (text, column) pairs is several times faster than an argsort.
+    ordered = (texts << _COLUMN_BITS) | columns
+    ordered.sort(axis=1)
+    is_first = np.ones(texts.shape, dtype=np.bool_)
+    np.greater(ordered[:, 1:] ^ ordered[:, :-1], int(_COLUMN), out=is_first[:, 1:])
+    run = np.maximum.accumulate(np.where(is_first, columns, 0), axis=1)
+    found = np.empty_like(texts)
+    np.put_along_axis(found, ordered & int(_COLUMN), run, axis=1)
+    return found
 
 
-def _drop_later_copies(is_hit: Bools, text: Indices) -> None:
-    """Of several hits of one text in a row leave the first, in place."""
-    row, column = np.nonzero(is_hit)
-    _, first = np.unique(row * text.shape[1] + text[row, column], return_index=True)
-    is_later = np.ones(len(row), dtype=np.bool_)
-    is_later[first] = False
-    is_hit[row[is_later], column[is_later]] = False
+def _least_of_text(keys: seeds.UInt64s, texts: Indices) -> seeds.UInt64s:
+    """[rows, columns]: the least key among the copies of a text."""
+    cells = texts + np.arange(len(texts))[:, None] * texts.shape[1]
+    least = np.full(texts.size, _NEVER)
+    np.minimum.at(least, cells.ravel(), keys.ravel())
+    of_text: seeds.UInt64s = least[cells]
+    return of_text
 
 
-def _first_copies(texts: Indices) -> Indices | None:
-    """[rows, columns]: the first column of the row with the same text; None without copies."""
-    order = np.argsort(texts, axis=1, kind="stable")
-    ordered = np.take_along_axis(texts, order, axis=1)
-    is_new = np.ones(texts.shape, dtype=np.bool_)
-    np.not_equal(ordered[:, 1:], ordered[:, :-1], out=is_new[:, 1:])
-    if is_new.all():
-        return None
-    run = np.maximum.accumulate(np.where(is_new, np.arange(texts.shape[1]), 0), axis=1)
-    first = np.empty_like(texts)
-    np.put_along_axis(first, order, np.take_along_axis(order, run, axis=1), axis=1)
-    return first
+def _collapsed(candidates: Candidates, beta: float, num_samples: int) -> Selections:
+    """Walk the first copy of each text alone; the others get its acceptance probability."""
+    num_prompts = len(candidates.sizes)
+    prompts = np.repeat(np.arange(num_prompts), candidates.sizes)
+    cells = prompts * (candidates.texts.max(initial=0) + 1) + candidates.texts
+    _, firsts, text = np.unique(cells, return_index=True, return_inverse=True)
+    first = firsts[text]
+    stands = first == np.arange(len(first))
+    alone = Candidates(
+        np.bincount(prompts[stands], minlength=num_prompts),
+        candidates.states[stands],
+        candidates.texts[stands],
+        candidates.rewards[stands],
+    )
+    walked = _walked(alone, beta, num_samples)
+    result = _nothing_accepted(candidates, num_samples)
+    for name in ("is_accepted", "round", "position", "acceptance_probability"):
+        getattr(result, name)[stands] = getattr(walked, name)
+    result.acceptance_probability[:] = result.acceptance_probability[first]
+    return walked._replace(**{name: getattr(result, name) for name in Selections._fields[:4]})
 
 
 def _occurrence_ids(texts: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Keyed randomness: every draw is a function of what it is for, never of when or where it is made.
 
-Two kinds: `generator` for a stream of draws under one key, and `uniforms` for one draw per id and
-round, so that bundling, sharding, retries and row order cannot change a result.
+Two kinds: `generator` for a stream of draws under one key, and `uniforms_at` for one draw per id
+and round, so that bundling, sharding, retries and row order cannot change a result.
 """
 
 import hashlib
@@ -78,15 +78,6 @@ def uniforms_at(states: UInt64s, round: int) -> Floats:
     return bits.astype(np.float64) * 2.0**-53
 
 
-def uniforms(seed: int, prompt_id: str, response_ids: Sequence[str], round: int) -> Floats:
-    """float64 [n] in [0, 1): one draw per response for algorithm 1, in the order of the ids.
-
-    A draw depends only on its own (seed, prompt_id, response_id, round).
-    """
-    states = bases_of(hashes([prompt_id]), hashes(response_ids), "uniforms", seed)
-    return uniforms_at(states, round)
-
-
 def order(ids: Sequence[str], *parts: str | int) -> Indices:
     """intp [n]: indices that put `ids` into the random order that belongs to the key `parts`.
 
@@ -115,6 +106,9 @@ def _states(hashed: UInt64s, keys: UInt64s) -> UInt64s:
 
 
 def _mix(states: UInt64s) -> UInt64s:
-    states = (states ^ (states >> np.uint64(30))) * _MULTIPLIERS[0]
-    states = (states ^ (states >> np.uint64(27))) * _MULTIPLIERS[1]
-    return states ^ (states >> np.uint64(31))
+    mixed: UInt64s = states ^ (states >> np.uint64(30))
+    mixed *= _MULTIPLIERS[0]
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= _MULTIPLIERS[1]
+    mixed ^= mixed >> np.uint64(31)
+    return mixed

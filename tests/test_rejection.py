@@ -20,6 +20,7 @@ from rso.rejection import (
     rejection_sample,
     select,
     select_many,
+    states_of,
 )
 from tests.oracles import rejection as oracle
 
@@ -76,12 +77,11 @@ def _accepted(selection: Selection) -> list[int]:
 
 def _walked(case: Case, indices: list[int] | None = None) -> tuple[list[int], np.ndarray]:
     """The order in which `indices` are walked, and their uniforms [pass, walked]."""
-    states = seeds.bases_of(seeds.hashes(["p"]), seeds.hashes(case.ids), "rejection", case.seed)
-    order = np.argsort(states).tolist()
+    size = len(case.ids)
+    states = states_of(seeds.hashes(["p"]), np.array([size]), seeds.hashes(case.ids), case.seed)
+    order = sorted(range(size), key=lambda index: (states[index] >> 24, case.ids[index]))
     order = [index for index in order if indices is None or index in indices]
-    ids = [case.ids[index] for index in order]
-    rounds = range(len(case.ids))
-    return order, np.array([seeds.uniforms(case.seed, "p", ids, round) for round in rounds])
+    return order, np.array([seeds.uniforms_at(states[order], round) for round in range(size)])
 
 
 @given(cases(), BETAS)
@@ -364,11 +364,14 @@ def test_effective_sample_size_lies_within_1_and_n_and_ignores_shifts(rewards, b
 def test_select_many_is_select_prompt_by_prompt(several: list[Case], beta: float) -> None:
     several = [case._replace(num_samples=several[0].num_samples, seed=7) for case in several]
     rows = [sorted(range(len(case.ids)), key=case.ids.__getitem__) for case in several]
+    sizes = np.array([len(case.ids) for case in several])
     together = Candidates(
-        prompt_hashes=seeds.hashes([f"{place:016x}" for place in range(len(several))]),
-        sizes=np.array([len(case.ids) for case in several]),
-        id_hashes=np.concatenate(
-            [seeds.hashes([c.ids[i] for i in r]) for c, r in zip(several, rows, strict=True)]
+        sizes=sizes,
+        states=states_of(
+            seeds.hashes([f"{place:016x}" for place in range(len(several))]),
+            sizes,
+            seeds.hashes([c.ids[i] for c, r in zip(several, rows, strict=True) for i in r]),
+            seed=7,
         ),
         texts=np.array(
             [int(c.texts[i].split()[1]) for c, r in zip(several, rows, strict=True) for i in r]
@@ -381,7 +384,6 @@ def test_select_many_is_select_prompt_by_prompt(several: list[Case], beta: float
             together,
             beta=beta,
             num_samples=several[0].num_samples,
-            seed=7,
             duplicates=duplicates,
         )
         for place, (case, row) in enumerate(zip(several, rows, strict=True)):
@@ -395,8 +397,8 @@ def test_select_many_is_select_prompt_by_prompt(several: list[Case], beta: float
 
 def test_select_many_of_prompts_without_candidates_reports_the_shortfall() -> None:
     empty = np.array([], dtype=np.intp)
-    none = Candidates(seeds.hashes(["p", "q"]), np.array([0, 0]), seeds.hashes([]), empty, empty)
-    found = select_many(none, beta=0.5, num_samples=3, seed=0)
+    none = Candidates(np.array([0, 0]), empty.astype(np.uint64), empty, empty.astype(np.float64))
+    found = select_many(none, beta=0.5, num_samples=3)
     assert found.num_shortfall.tolist() == [3, 3] and found.num_rounds.tolist() == [0, 0]
 
 
@@ -406,8 +408,8 @@ def test_diagnose_agrees_with_its_definitions(case: Case, beta: float) -> None:
     rewards = np.array([case.rewards[i] for i in order])
     texts = np.array([int(case.texts[i].split()[1]) for i in order])
     ids = seeds.hashes([case.ids[i] for i in order])
-    candidates = Candidates(seeds.hashes(["p"]), np.array([len(ids)]), ids, texts, rewards)
-    selections = select_many(candidates, beta=beta, num_samples=case.num_samples, seed=0)
+    candidates = Candidates(np.array([len(ids)]), ids, texts, rewards)
+    selections = select_many(candidates, beta=beta, num_samples=case.num_samples)
     (found,) = zip(*diagnose(candidates, selections, beta), strict=True)
     has_best, gain, acceptance, effective, kl = found
 
