@@ -214,7 +214,7 @@ def measure(directory: Path) -> dict[str, float]:
     inputs = {
         name: Dataset(str(directory / name), name, columns) for name, columns in COLUMNS.items()
     }
-    outputs = {"accepted": Dataset(str(directory / "accepted"), "accepted")}
+    outputs = {name: Dataset(str(directory / name), name) for name in ("accepted", "diagnostics")}
     function = RejectShard(Reject(beta=BETA, num_samples=NUM_SAMPLES), seed=0)
     plan = Plan("reject", inputs, outputs, str(directory / "counters"), total)
     started = time.perf_counter()
@@ -229,9 +229,10 @@ def measure(directory: Path) -> dict[str, float]:
             for name, source in inputs.items()
         }
         read = time.perf_counter()
-        made = function(None, tables).tables["accepted"]
+        made = function(None, tables).tables
         sampled = time.perf_counter()
-        write_shard(str(directory / "again"), "accepted", index, total, made)
+        for name, table in made.items():
+            write_shard(str(directory / "again" / name), name, index, total, table)
         parts["read"] += read - at
         parts["sample"] += sampled - read
         parts["write"] += time.perf_counter() - sampled

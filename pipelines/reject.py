@@ -1,23 +1,17 @@
 """Rewards to accepted candidates: statistical rejection sampling, a shard at a time."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.shards import Counters, Shard
+from pipelines.shards import Shard
 from pipelines.tables import hashes, prompt_runs
 from rso import config
-from rso.rejection import (
-    Candidates,
-    Diagnostics,
-    NonFiniteReward,
-    Selections,
-    diagnose,
-    select_many,
-    states_of,
-)
+from rso.diagnostics import Diagnostics, diagnose, sums
+from rso.rejection import Candidates, NonFiniteReward, Selections, select_many, states_of
 from schemas import SCHEMAS
 
 IDS = ("prompt_id", "response_id")
@@ -46,32 +40,53 @@ class RejectShard:
             rewards=rewards["reward"].to_numpy().astype(np.float64),
         )
         _check_finite(rewards, candidates)
-        selections = select_many(
-            candidates,
-            beta=self.settings.beta,
-            num_samples=self.settings.num_samples,
-            duplicates=self.settings.duplicates,
-        )
-        figures = diagnose(candidates, selections, self.settings.beta)
+        settings, tried = self.settings, {}
+        for beta in settings.all_betas:
+            selections = select_many(
+                candidates,
+                beta=beta,
+                num_samples=settings.num_samples,
+                duplicates=settings.duplicates,
+            )
+            tried[beta] = selections, diagnose(candidates, selections, beta)
+        counters = {
+            counter(beta, name): count
+            for beta, (selections, figures) in tried.items()
+            for name, count in sums(candidates, selections, figures).items()
+        }
         return Shard(
-            {"accepted": _accepted(rewards, selections)}, _counters(sizes, selections, figures)
+            {
+                "accepted": _accepted(rewards, tried[settings.beta][0]),
+                "diagnostics": _diagnostics(prompt_ids, candidates, tried),
+            },
+            counters,
         )
 
 
-def _counters(sizes: np.ndarray, selections: Selections, figures: Diagnostics) -> Counters:
-    total: Counters = {
-        "prompts": len(sizes),
-        "candidates": int(sizes.sum()),
-        "accepted": int(selections.is_accepted.sum()),
-        "draws": int(selections.num_draws.sum()),
-        "rounds": int(selections.num_rounds.sum()),
-        "shortfall": int(selections.num_shortfall.sum()),
-        "prompts_short": int((selections.num_shortfall > 0).sum()),
-        "prompts_with_best": int(figures.has_best.sum()),
-    }
-    for name in ("reward_gain", "expected_acceptance", "effective_samples", "kl"):
-        total[f"{name}_sum"] = float(getattr(figures, name).sum())
-    return total
+def counter(beta: float, name: str) -> str:
+    """Return the name under which a shard counts what was found at `beta`."""
+    return f"beta={beta!r}/{name}"
+
+
+def _diagnostics(
+    prompt_ids: pa.Array,
+    candidates: Candidates,
+    tried: Mapping[float, tuple[Selections, Diagnostics]],
+) -> pa.Table:
+    """Return a row for each prompt and β, those of a prompt together."""
+    starts = np.cumsum(candidates.sizes) - candidates.sizes
+    columns: dict[str, list[np.ndarray]] = defaultdict(list)
+    for beta, (selections, figures) in sorted(tried.items()):
+        columns["beta"].append(np.full(len(prompt_ids), beta))
+        columns["num_candidates"].append(candidates.sizes.astype(np.int64))
+        columns["num_accepted"].append(np.add.reduceat(selections.is_accepted, starts, dtype=int))
+        for name in ("num_shortfall", "num_rounds", "num_draws"):
+            columns[name].append(getattr(selections, name))
+        for name, values in figures._asdict().items():
+            columns[name].append(values)
+    arrays = {name: pa.array(np.stack(found, axis=1).ravel()) for name, found in columns.items()}
+    prompts = prompt_ids.take(pa.array(np.repeat(np.arange(len(prompt_ids)), len(tried))))
+    return pa.table({"prompt_id": prompts, **arrays}).cast(SCHEMAS["diagnostics"])
 
 
 def _numbers(texts: pa.ChunkedArray) -> np.ndarray:

@@ -215,11 +215,21 @@ class Reject(Section):
     """Statistical rejection sampling (algorithm 1)."""
 
     beta: float = Field(0.5, ge=0, description="Sampling temperature; 0 best-of-N, .inf uniform.")
+    betas: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (),
+        description="Other β to try and report on: acceptance, gain in reward, KL. The artifact "
+        "is sampled at `beta`.",
+    )
     num_samples: Count = Field(8, description="Candidates to accept a prompt.")
     duplicates: Literal["keep", "collapse"] = Field(
         "keep",
         description="keep: proposal mass of repeated texts counts; collapse: the listing.",
     )
+
+    @property
+    def all_betas(self) -> list[float]:
+        """Every β to try, ascending: 0, which gains most, `beta` and `betas`."""
+        return sorted({0.0, self.beta, *self.betas})
 
 
 class Pair(Section):

@@ -119,21 +119,6 @@ class Candidates(NamedTuple):
     """[N]: finite."""
 
 
-class Diagnostics(NamedTuple):
-    """What β does to the candidates of each prompt: [P] each."""
-
-    has_best: Bools
-    """A candidate with the largest reward is among the accepted."""
-    reward_gain: Floats
-    """Mean reward of the accepted less that of all candidates, nats; 0 without accepted ones."""
-    expected_acceptance: Floats
-    """Theorem 1's acceptance rate of a draw from the reference policy, with the sample maximum."""
-    effective_samples: Floats
-    """Kish's effective number of candidates weighted exp(reward / β), from 1 to n."""
-    kl: Floats
-    """KL(π_r || π_sft) in nats, estimated over the candidates with these weights; at most ln n."""
-
-
 def select(
     ids: Sequence[str],
     texts: Sequence[str],
@@ -212,47 +197,25 @@ def select_many(
     return walk(candidates, beta, num_samples)
 
 
-def diagnose(candidates: Candidates, selections: Selections, beta: float) -> Diagnostics:
-    """What algorithm 1 at `beta` made of each prompt; every prompt has a candidate."""
-    sizes, rewards = candidates.sizes, candidates.rewards
-    starts = np.cumsum(sizes) - sizes
-    is_accepted = selections.is_accepted
+def acceptance_probabilities(
+    rewards: Rewards, beta: float, largest: Floats | np.float64 | None = None
+) -> Floats:
+    """float64 [...]: exp((reward - largest) / beta), exactly 1 at the largest (theorem 1).
 
-    def total(values: Floats) -> Floats:
-        sums: Floats = np.add.reduceat(values, starts)
-        return sums
-
-    largest = np.repeat(np.maximum.reduceat(rewards, starts), sizes)
-    weights = _probabilities(rewards, largest, beta)
-    mass = total(weights)
-    logs = np.log(weights, where=weights > 0, out=np.zeros_like(weights))
-    num_accepted = total(is_accepted.astype(np.float64))
-    gain = total(np.where(is_accepted, rewards, 0.0)) / np.maximum(num_accepted, 1)
-    return Diagnostics(
-        has_best=np.logical_or.reduceat(is_accepted & (rewards == largest), starts),
-        reward_gain=np.where(num_accepted > 0, gain - total(rewards) / sizes, 0.0),
-        expected_acceptance=mass / sizes,
-        effective_samples=mass**2 / total(weights**2),
-        kl=total(weights * logs) / mass - np.log(mass / sizes),
-    )
-
-
-def acceptance_probabilities(rewards: Rewards, beta: float) -> Floats:
-    """float64 [n]: exp((reward - max reward) / beta), exactly 1 at the maximum (theorem 1).
-
-    Its limits at the ends: the indicator of the maximum at beta = 0, one everywhere at beta = inf.
+    `largest` broadcasts; it is the largest of `rewards` if not given. A reward of -inf has
+    probability 0. The limits at the ends: the indicator of the largest at beta = 0, one for all
+    finite rewards at beta = inf.
     """
     values = np.asarray(rewards, dtype=np.float64)
-    return _probabilities(values, values.max(initial=-np.inf), beta)
-
-
-def effective_sample_size(rewards: Rewards, beta: float) -> float:
-    """Kish's effective number (sum w)² / sum w² of n candidates weighted w = exp(reward / beta).
-
-    Between 1 and n: how many samples of π_r (eq. 4) the candidates of one prompt are worth.
-    """
-    weights = acceptance_probabilities(rewards, beta)
-    return float(weights.sum() ** 2 / (weights**2).sum()) if weights.size else 0.0
+    top = values.max(initial=-np.inf) if largest is None else largest
+    # Gaps between extreme rewards overflow to -inf, which is the right probability of zero.
+    with np.errstate(over="ignore"):
+        if beta == 0:
+            return np.where(values == top, 1.0, 0.0)
+        if np.isinf(beta):
+            return (values > -np.inf).astype(np.float64)
+        probabilities: Floats = np.exp((values - top) / beta)
+        return probabilities
 
 
 def finite_rewards(rewards: Rewards, where: str, ids: Sequence[str] | None = None) -> Floats:
@@ -265,18 +228,6 @@ def finite_rewards(rewards: Rewards, where: str, ids: Sequence[str] | None = Non
             " look at the ranker that scored it, or drop the candidate"
         )
     return values
-
-
-def _probabilities(rewards: Floats, largest: Floats | np.float64, beta: float) -> Floats:
-    # Gaps between extreme rewards overflow to -inf, which is the right probability of zero.
-    with np.errstate(over="ignore"):
-        gaps: Floats = rewards - largest
-        if beta == 0:
-            return np.where(gaps == 0, 1.0, 0.0)
-        if np.isinf(beta):
-            return (rewards > -np.inf).astype(np.float64)
-        probabilities: Floats = np.exp(gaps / beta)
-        return probabilities
 
 
 def _walked(given: Candidates, beta: float, num_samples: int) -> Selections:
@@ -369,7 +320,7 @@ class _Walk:
             is_out = self._position[starts] != _DECLINED
             np.putmask(rewards, is_out, -np.inf)
             np.putmask(keys, is_out, _NEVER)
-        chance = _probabilities(rewards, rewards.max(axis=1, keepdims=True), self._beta)
+        chance = acceptance_probabilities(rewards, self._beta, rewards.max(axis=1, keepdims=True))
         is_miss = seeds.uniforms_at(states, number) >= chance
         # All bits set, _NEVER, where it is a miss.
         hits = keys | -is_miss.astype(np.uint64)

@@ -83,24 +83,30 @@ class Curve:
 
 @dataclass(frozen=True)
 class Rejection:
-    """What algorithm 1 did to the candidates; means over prompts.
+    """What algorithm 1 did to the candidates at `beta`, and what it would do at others.
 
-    `histogram` counts candidates and accepted ones by how far, in units of beta, their reward is
-    below the best of their prompt.
+    The counts are of candidates and accepted ones by how far, in units of beta, their reward is
+    below the best of their prompt. `points` and `advice` are those of `rso.diagnostics`.
     """
 
     beta: float
     num_prompts: int
     num_candidates: int
     num_accepted: int
-    mean_rounds: float
-    mean_acceptance_probability: float
-    reward_spread: float
-    reward_gain: float
-    best_gain: float
     edges: Sequence[float]
     candidate_counts: Sequence[int]
     accepted_counts: Sequence[int]
+    points: Sequence[Mapping[str, float]] = ()
+    advice: Sequence[str] = ()
+
+    @property
+    def acceptance_rates(self) -> list[float]:
+        """The share of draws that is accepted in each pass at `beta`."""
+        (point,) = (point for point in self.points if point["beta"] == self.beta)
+        rates: list[float] = []
+        while (name := f"acceptance_rate_round_{len(rates) + 1}") in point:
+            rates.append(point[name])
+        return rates
 
 
 @dataclass(frozen=True)
@@ -187,24 +193,20 @@ def stage_summary(artifact: Artifact, *, is_cached: bool = False) -> StageSummar
     )
 
 
-def rejection_summary(accepted: pa.Table, *, beta: float) -> Rejection:
-    """Return the diagnostics of an `accepted` table; rewards and gains in nats.
-
-    `reward_gain` is the mean reward of the accepted above that of all candidates, `best_gain` the
-    same for the best candidate, both within a prompt and then over prompts.
-    """
+def rejection_summary(
+    accepted: pa.Table,
+    *,
+    beta: float,
+    points: Sequence[Mapping[str, float]] = (),
+    advice: Sequence[str] = (),
+) -> Rejection:
+    """Return what the report shows of an `accepted` table and the figures beside it."""
     _, prompts = np.unique(_column(accepted, "prompt_id"), return_inverse=True)
     rewards = _column(accepted, "reward").astype(np.float64)
     is_accepted = _column(accepted, "is_accepted").astype(bool)
     num_prompts = int(prompts.max()) + 1 if len(prompts) else 0
-    mean = _group_mean(prompts, rewards, num_prompts)
     best = np.full(num_prompts, -np.inf)
     np.maximum.at(best, prompts, rewards)
-    rounds = np.full(num_prompts, -1)
-    np.maximum.at(rounds, prompts, _column(accepted, "round"))
-    has_any = np.bincount(prompts[is_accepted], minlength=num_prompts) > 0
-    kept = _group_mean(prompts[is_accepted], rewards[is_accepted], num_prompts)
-    spread = np.sqrt(_group_mean(prompts, (rewards - mean[prompts]) ** 2, num_prompts))
     unit = beta if 0 < beta < np.inf else 1.0
     below = (best[prompts] - rewards) / unit
     edges = np.linspace(0.0, float(np.quantile(below, 0.99)) or 1.0, HISTOGRAM_BINS + 1)
@@ -214,14 +216,11 @@ def rejection_summary(accepted: pa.Table, *, beta: float) -> Rejection:
         num_prompts=num_prompts,
         num_candidates=len(rewards),
         num_accepted=int(is_accepted.sum()),
-        mean_rounds=float((rounds + 1).mean()),
-        mean_acceptance_probability=float(_column(accepted, "acceptance_probability").mean()),
-        reward_spread=float(spread.mean()),
-        reward_gain=float((kept - mean)[has_any].mean()),
-        best_gain=float((best - mean).mean()),
         edges=edges.tolist(),
         candidate_counts=np.histogram(clipped, edges)[0].tolist(),
         accepted_counts=np.histogram(clipped[is_accepted], edges)[0].tolist(),
+        points=points,
+        advice=advice,
     )
 
 
@@ -409,14 +408,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _column(table: pa.Table, name: str) -> npt.NDArray[Any]:
     return np.asarray(table.column(name).to_numpy(zero_copy_only=False))
-
-
-def _group_mean(
-    groups: npt.NDArray[Any], values: npt.NDArray[Any], num_groups: int
-) -> npt.NDArray[np.float64]:
-    counts = np.bincount(groups, minlength=num_groups)
-    sums = np.bincount(groups, weights=values, minlength=num_groups)
-    return np.asarray(sums / np.maximum(counts, 1), dtype=np.float64)
 
 
 def _percent(share: float) -> str:

@@ -114,7 +114,7 @@ def stages(config: Config) -> tuple[Stage, ...]:
                 "reject",
                 "reject",
                 {**candidates, "rewards": "score/rewards"},
-                ("accepted",),
+                ("accepted", "diagnostics"),
                 ("seed", "reject"),
                 "reject",
             ),

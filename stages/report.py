@@ -4,8 +4,11 @@ import platform
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rso.artifact import Artifact
+from rso.diagnostics import advice
+from rso.manifest import Manifest
 from rso.report import Curve, ReportData, build, pick_examples, rejection_summary, stage_summary
 from stages.context import Context, Outcome
 
@@ -33,7 +36,7 @@ def run(context: Context) -> Outcome:
         curves=list(_curves(artifacts)),
         rejection=rejection_summary(
             context.table("reject/accepted"),
-            beta=artifacts["reject"].manifest.config["reject"]["beta"],
+            **_sampling(artifacts["reject"].manifest),
         )
         if accepted is not None
         else None,
@@ -68,6 +71,11 @@ def _artifacts(context: Context) -> dict[str, Artifact]:
         if source.artifact is not None:
             found[name.split("/")[0]] = source.artifact
     return found
+
+
+def _sampling(manifest: Manifest) -> dict[str, Any]:
+    beta, points = manifest.config["reject"]["beta"], manifest.curves["betas"]
+    return {"beta": beta, "points": points, "advice": advice(points, manifest.counters, beta)}
 
 
 def _curves(artifacts: dict[str, Artifact]) -> Iterator[Curve]:

@@ -110,7 +110,7 @@ def settings(model: str, store: Path, sources: list[dict[str, Any]]) -> dict[str
             "num_samples": 6,
             "sampling": sampling,
         },
-        "reject": {"beta": 0.5, "num_samples": 4},
+        "reject": {"beta": 0.5, "betas": [0.05, 5.0], "num_samples": 4},
         "train_policy": {**train, "num_validation_prompts": 4, "max_new_tokens": 8},
         "evaluate": {"num_prompts": 8, "max_new_tokens": 8},
         "report": {"num_examples": 3},

@@ -32,6 +32,7 @@ HEAVY = {
         ("schemas", {"pyarrow", "numpy"}),
         ("rso.config", {"pydantic"}),
         ("rso.rejection", {"numpy"}),
+        ("rso.diagnostics", {"numpy"}),
         ("rso.pairing", {"numpy"}),
         ("rso.statistics", {"numpy"}),
         ("rso.seeds", {"numpy"}),

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import system
 
 from pipelines.prepare import OUTPUTS, prepare_shards
-from pipelines.reject import RejectShard
+from pipelines.reject import RejectShard, counter
 from pipelines.shards import Dataset, Plan, Shard, map_shards
 from rso import sources
 from rso.config import Beam, Config, Reject
@@ -49,14 +50,14 @@ def test_reject_pipeline_however_sharded_equals_the_pure_function(
 ) -> None:
     candidates = finished.rows("decode/candidates")
     rewards = finished.rows("score/rewards")
-    settings = Reject(beta=0.7, num_samples=3)
+    settings = Reject(beta=0.7, betas=(2.0,), num_samples=3)
     plan = Plan(
         "reject",
         {
             "candidates": reshard(candidates, tmp_path / "candidates", "candidates", total),
             "rewards": reshard(rewards, tmp_path / "rewards", "rewards", total),
         },
-        {"accepted": Dataset(str(tmp_path / "accepted"), "accepted")},
+        {name: Dataset(str(tmp_path / name), name) for name in ("accepted", "diagnostics")},
         str(tmp_path / "counters"),
         total,
     )
@@ -93,9 +94,21 @@ def test_reject_pipeline_however_sharded_equals_the_pure_function(
             )
     expected.sort(key=lambda row: [row[key] for key in sort_keys("accepted")])
     assert read_all(tmp_path / "accepted", "accepted") == expected
-    assert (
-        counters["accepted"] == 3 * counters["prompts"] == sum(r["is_accepted"] for r in expected)
-    )
+    assert counters[counter(0.7, "accepted")] == sum(r["is_accepted"] for r in expected) == 3 * 16
+
+    rows = read_all(tmp_path / "diagnostics", "diagnostics")
+    assert [row["prompt_id"] for row in rows[::3]] == sorted({row["prompt_id"] for row in expected})
+    assert [row["beta"] for row in rows] == [0.0, 0.7, 2.0] * 16
+    assert {(row["num_candidates"], row["num_accepted"]) for row in rows} == {(6, 3)}
+    for row in rows[1::3]:
+        mine = [r for r in expected if r["prompt_id"] == row["prompt_id"]]
+        kept = [r["reward"] for r in mine if r["is_accepted"]]
+        gain = np.mean(kept) - np.mean([r["reward"] for r in mine])
+        assert row["reward_gain"] == pytest.approx(gain)
+        assert row["num_rounds"] == 1 + max(r["round"] for r in mine)
+    for name in ("num_draws", "num_rounds", "num_shortfall"):
+        total_of = counters[counter(2.0, name.removeprefix("num_"))]
+        assert total_of == sum(row[name] for row in rows[2::3])
 
 
 def test_reject_pipeline_with_a_reward_missing_refuses(

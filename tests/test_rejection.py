@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from rso import seeds
 from rso.rejection import (
@@ -15,8 +14,6 @@ from rso.rejection import (
     NonFiniteReward,
     Selection,
     acceptance_probabilities,
-    diagnose,
-    effective_sample_size,
     rejection_sample,
     select,
     select_many,
@@ -182,38 +179,6 @@ def test_select_with_infinite_beta_ignores_rewards(case: Case, quarters: int) ->
     assert _accepted(_select(case, np.inf)) == _accepted(_select(other, np.inf))
 
 
-def test_select_with_infinite_beta_takes_every_subset_equally_often() -> None:
-    counts = Counter(
-        frozenset(rejection_sample("abcd", [0, 1, 5, 9], beta=np.inf, num_samples=2, seed=seed))
-        for seed in range(3_000)
-    )
-    assert len(counts) == 6
-    assert stats.chisquare(list(counts.values())).pvalue > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("texts", "rewards", "num_samples"),
-    [
-        ("abcd", [0.0, 0.3, 0.5, 1.0], 2),
-        ("aabc", [0.2, 0.2, 0.0, 0.6], 2),
-        ("aaab", [0, 0, 0, 1], 1),
-    ],
-    ids=["distinct", "a copy", "three copies"],
-)
-def test_rejection_sample_has_the_exact_distribution(texts, rewards, num_samples) -> None:
-    exact = oracle.outcome_probabilities(texts, rewards, 0.5, num_samples)
-    assert sum(exact.values()) == pytest.approx(1)
-    counts: Counter[tuple[str, ...]] = Counter()
-    num_trials = 4_000
-    for seed in range(num_trials):
-        indices = rejection_sample(texts, rewards, beta=0.5, num_samples=num_samples, seed=seed)
-        counts[tuple(texts[i] for i in indices)] += 1
-    assert counts.keys() <= exact.keys()
-    observed = [counts[outcome] for outcome in exact]
-    expected = [probability * num_trials for probability in exact.values()]
-    assert stats.chisquare(observed, expected).pvalue > 1e-4
-
-
 def test_rejection_sample_of_two_is_permute_and_flip() -> None:
     """The lesser of two, of weight q, comes first with probability q / 2 and not q / (1 + q)."""
     q = np.exp(-1.0)
@@ -341,25 +306,6 @@ def test_select_collapsing_copies_records_one_probability_per_text(case: Case, b
     assert len(recorded) == len(set(case.texts))
 
 
-def test_effective_sample_size_at_its_ends() -> None:
-    rewards = [0.0, 1.0, 3.0, 3.0]
-    assert effective_sample_size(rewards, np.inf) == 4
-    assert effective_sample_size(rewards, 0) == 2
-    assert effective_sample_size([], 0.5) == 0
-    weights = np.exp([0.0, 2.0, 6.0, 6.0])
-    expected = weights.sum() ** 2 / (weights**2).sum()
-    assert effective_sample_size(rewards, 0.5) == pytest.approx(expected)
-
-
-@given(
-    st.lists(st.integers(-30, 30).map(float), min_size=1), st.floats(0.1, 10), st.integers(-9, 9)
-)
-def test_effective_sample_size_lies_within_1_and_n_and_ignores_shifts(rewards, beta, shift) -> None:
-    size = effective_sample_size(rewards, beta)
-    assert 1 - 1e-9 <= size <= len(rewards) + 1e-9
-    assert size == effective_sample_size([reward + shift for reward in rewards], beta)
-
-
 @given(st.lists(cases(), min_size=1, max_size=6), BETAS | st.sampled_from([0.0, np.inf]))
 def test_select_many_is_select_prompt_by_prompt(several: list[Case], beta: float) -> None:
     several = [case._replace(num_samples=several[0].num_samples, seed=7) for case in several]
@@ -400,25 +346,3 @@ def test_select_many_of_prompts_without_candidates_reports_the_shortfall() -> No
     none = Candidates(np.array([0, 0]), empty.astype(np.uint64), empty, empty.astype(np.float64))
     found = select_many(none, beta=0.5, num_samples=3)
     assert found.num_shortfall.tolist() == [3, 3] and found.num_rounds.tolist() == [0, 0]
-
-
-@given(cases(), BETAS | st.sampled_from([0.0, np.inf]))
-def test_diagnose_agrees_with_its_definitions(case: Case, beta: float) -> None:
-    order = sorted(range(len(case.ids)), key=case.ids.__getitem__)
-    rewards = np.array([case.rewards[i] for i in order])
-    texts = np.array([int(case.texts[i].split()[1]) for i in order])
-    ids = seeds.hashes([case.ids[i] for i in order])
-    candidates = Candidates(np.array([len(ids)]), ids, texts, rewards)
-    selections = select_many(candidates, beta=beta, num_samples=case.num_samples)
-    (found,) = zip(*diagnose(candidates, selections, beta), strict=True)
-    has_best, gain, acceptance, effective, kl = found
-
-    kept = rewards[selections.is_accepted]
-    assert has_best == bool(kept.size and kept.max() == rewards.max())
-    assert gain == pytest.approx(kept.mean() - rewards.mean() if kept.size else 0.0)
-    assert acceptance == pytest.approx(acceptance_probabilities(rewards, beta).mean())
-    assert effective == pytest.approx(effective_sample_size(rewards, beta))
-    weights = acceptance_probabilities(rewards, beta)
-    posterior = weights / weights.sum()
-    assert kl == pytest.approx(stats.entropy(posterior, np.full(len(ids), 1 / len(ids))), abs=1e-9)
-    assert -1e-9 <= kl <= np.log(len(ids)) + 1e-9

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import pytest
 import system
@@ -34,6 +35,7 @@ DATASETS = {
     "decode/candidates": 16 * 6,
     "score/rewards": 16 * 6,
     "reject/accepted": 16 * 6,
+    "reject/diagnostics": 16 * 4,
     "pair/pairs": None,
     "logps/logps": None,
     "evaluate/generations": 8 * 3,
@@ -214,6 +216,21 @@ def test_reject_keeps_every_candidate_with_a_verdict(finished: system.Run) -> No
         positions = sorted(row["position"] for row in rows if row["is_accepted"])
         assert positions == [0, 1, 2, 3]
         assert all(row["position"] == -1 for row in rows if not row["is_accepted"])
+
+
+def test_reject_records_what_each_beta_would_do(finished: system.Run) -> None:
+    manifest = finished.artifact("reject").manifest
+    points = manifest.curves["betas"]
+    assert [point["beta"] for point in points] == [0.0, 0.05, 0.5, 5.0]
+    rows = finished.rows("reject/diagnostics")
+    for point in points:
+        mine = [row for row in rows if row["beta"] == point["beta"]]
+        for name in ("kl", "effective_samples", "reward_gain", "has_best", "expected_acceptance"):
+            assert point[name] == pytest.approx(np.mean([row[name] for row in mine])), name
+    accepted = [row for row in finished.rows("reject/accepted") if row["is_accepted"]]
+    assert manifest.counters["accepted"] == len(accepted) == 4 * 16
+    page = Path(finished.artifact("report").output("report"), "report.html").read_text()
+    assert '<tr class="chosen">\n<td class="number">0.5</td>' in page
 
 
 def test_pair_sides_are_accepted_candidates_of_their_prompt(finished: system.Run) -> None:

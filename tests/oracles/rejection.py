@@ -11,6 +11,13 @@ from collections.abc import Iterator, Sequence
 Uniforms = Sequence[Sequence[float]]
 
 
+def acceptance(reward: float, max_reward: float, beta: float) -> float:
+    """The probability of the listing, with its limits at the ends."""
+    if beta == 0:
+        return float(reward == max_reward)
+    return 1.0 if math.isinf(beta) else math.exp((reward - max_reward) / beta)
+
+
 def conduct_rejection_sampling(
     texts: Sequence[str],
     rewards: Sequence[float],
@@ -18,7 +25,7 @@ def conduct_rejection_sampling(
     beta: float,
     num_samples: int,
 ) -> list[str]:
-    """The listing of appendix A.1: accepted texts, keyed by text, for finite beta > 0."""
+    """The listing of appendix A.1: accepted texts, keyed by text."""
     places = {text: place for place, text in enumerate(texts)}
     candidates = dict(zip(texts, rewards, strict=True))
     accepted: list[str] = []
@@ -28,7 +35,7 @@ def conduct_rejection_sampling(
         to_remove = []
         for text, reward in candidates.items():
             u = uniforms[round][places[text]]
-            if u >= math.exp((reward - max_reward) / beta):
+            if u >= acceptance(reward, max_reward, beta):
                 continue
             accepted.append(text)
             to_remove.append(text)
@@ -63,7 +70,7 @@ def keep_multiplicity(
             if texts[candidate] in retired:
                 continue
             num_draws += 1
-            if uniforms[round][candidate] >= math.exp((rewards[candidate] - max_reward) / beta):
+            if uniforms[round][candidate] >= acceptance(rewards[candidate], max_reward, beta):
                 continue
             accepted.append((candidate, round))
             retired.add(texts[candidate])
@@ -111,7 +118,7 @@ def _passes(
         if texts[candidate] in so_far:
             yield from walk(place + 1, so_far)
             return
-        p = math.exp((rewards[candidate] - max_reward) / beta)
+        p = acceptance(rewards[candidate], max_reward, beta)
         for outcome, rest in walk(place + 1, (*so_far, texts[candidate])):
             yield outcome, p * rest
         if p < 1:
