@@ -10,22 +10,36 @@ import pyarrow.compute as pc
 
 from pipelines.score import RankerSource
 from pipelines.shards import Shard
-from pipelines.tables import by_prompt, table_of
+from pipelines.tables import IDS, by_prompt, finite_rewards, require_same_ids, table_of
 from rso import config, ids, seeds
 from rso.models import load_tokenizer
-from rso.pairing import Game, Tournament
+from rso.pairing import Game, Tournament, best_vs_random, best_vs_worst
 from rso.progress import progress
 from rso.ranking import Comparison, Ranker
 from rso.templates import encode_response
 
+Row = dict[str, Any]
+COLUMNS = {
+    "candidates": (*IDS, "response", "token_ids"),
+    "accepted": (*IDS, "reward", "is_accepted"),
+    "prompts": ("prompt_id", "prompt", "split"),
+}
+
 
 class Samples(NamedTuple):
-    """The responses of one prompt that meet: rows of `candidates`."""
+    """The responses to one prompt that meet: rows of `candidates` with their rewards."""
 
-    prompt_id: str
-    prompt: str
-    split: str
-    rows: list[dict[str, Any]]
+    prompt: Row
+    rows: list[Row]
+
+    @property
+    def prompt_id(self) -> str:
+        """The id of their prompt."""
+        return str(self.prompt["prompt_id"])
+
+    def column(self, name: str) -> list[Any]:
+        """Return one field of all responses."""
+        return [row[name] for row in self.rows]
 
 
 class Match(NamedTuple):
@@ -34,6 +48,12 @@ class Match(NamedTuple):
     samples: Samples
     game: Game
     logit: float
+
+    @property
+    def sides(self) -> tuple[Row, Row]:
+        """The chosen response and the rejected one; at logit 0 the first is chosen."""
+        first, second = (self.samples.rows[index] for index in self.game[:2])
+        return (first, second) if self.logit >= 0 else (second, first)
 
 
 @dataclass(frozen=True)
@@ -49,61 +69,78 @@ class PairShard:
         return self.ranker.load()
 
     def __call__(self, ranker: Ranker, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return the pairs of the shard; two copies of one text are no pair and are counted."""
+        """Return the pairs of the shard. Matches are pairs, `identical` or `near_ties`."""
         samples = self._samples(tables)
-        brackets = [
-            Tournament(
-                [row["response_id"] for row in one.rows], prompt_id=one.prompt_id, seed=self.seed
-            )
-            for one in samples
-        ]
-        matches = self._round(ranker, samples, [b.next_round() for b in brackets])
-        played = list(matches)
-        while self.settings.ranking == "tournament" and matches:
-            winners = _winners(matches, samples)
-            games = [b.next_round(w) for b, w in zip(brackets, winners, strict=True)]
-            matches = self._round(ranker, samples, games)
-            played += matches
-        rows = [pair_row(match, self.settings.source) for match in played if not _identical(match)]
+        if self.settings.ranking in ("first-round", "tournament"):
+            played, num_byes = self._draw(ranker, samples)
+        else:
+            played = self._label(ranker, samples, [self._by_reward(one) for one in samples])
+            num_byes = 0
+        different = [match for match in played if not is_identical(*match.sides)]
+        kept = [match for match in different if abs(match.logit) >= self.settings.min_margin]
+        rows = [pair_row(match, self.settings.source) for match in kept]
+        sides = [match.sides for match in kept]
         return Shard(
             {"pairs": table_of("pairs", rows)},
             {
                 "prompts": len(samples),
                 "samples": sum(len(one.rows) for one in samples),
+                "byes": num_byes,
                 "matches": len(played),
+                "identical": len(played) - len(different),
+                "near_ties": len(different) - len(kept),
                 "pairs": len(rows),
-                "identical": len(played) - len(rows),
+                "prompts_without_pairs": len(samples) - len({row["prompt_id"] for row in rows}),
+                "reward_disagrees": sum(c["reward"] < r["reward"] for c, r in sides),
                 "label_probability_sum": float(sum(row["label_probability"] for row in rows)),
             },
         )
 
     def _samples(self, tables: Mapping[str, pa.Table]) -> list[Samples]:
         prompts = {row["prompt_id"]: row for row in tables["prompts"].to_pylist()}
-        chosen = tables["accepted"]
+        chosen, rows = tables["accepted"], tables["candidates"]
+        finite_rewards(chosen, "pair")
         if self.settings.source == "rso-sample-rank":
             chosen = chosen.filter(pc.field("is_accepted"))
-        rows = tables["candidates"]
         rows = rows.filter(pc.is_in(rows["response_id"], value_set=chosen["response_id"]))
+        require_same_ids("pair", accepted=chosen, candidates=rows)
         result = []
-        for prompt_id, group in by_prompt(rows):
-            samples = group.to_pylist()
+        for prompt_id, group in by_prompt(rows.append_column("reward", chosen["reward"])):
             if self.settings.source == "sft-sample-rank":
                 order = seeds.order(
-                    [row["response_id"] for row in samples], "sft-sample", self.seed, prompt_id
+                    group["response_id"].to_pylist(), "sft-sample", self.seed, prompt_id
                 )
-                samples = [samples[int(i)] for i in order[: self.settings.num_samples]]
-            prompt = prompts[prompt_id]
-            result.append(Samples(prompt_id, prompt["prompt"], prompt["split"], samples))
+                group = group.take(order[: self.settings.num_samples])
+            result.append(Samples(prompts[prompt_id], group.to_pylist()))
         return result
 
-    def _round(
+    def _by_reward(self, samples: Samples) -> list[Game]:
+        columns = [samples.column(name) for name in ("response_id", "response", "reward")]
+        if self.settings.ranking == "best-vs-worst":
+            return best_vs_worst(*columns, prompt_id=samples.prompt_id)
+        return best_vs_random(*columns, prompt_id=samples.prompt_id, seed=self.seed)
+
+    def _draw(self, ranker: Ranker, samples: Sequence[Samples]) -> tuple[list[Match], int]:
+        """Play the first round, or the whole tournament; return the matches and the byes."""
+        brackets = [
+            Tournament(one.column("response_id"), prompt_id=one.prompt_id, seed=self.seed)
+            for one in samples
+        ]
+        matches = self._label(ranker, samples, [b.next_round() for b in brackets])
+        played = list(matches)
+        while self.settings.ranking == "tournament" and matches:
+            winners = _winners(matches, samples)
+            games = [b.next_round(w) for b, w in zip(brackets, winners, strict=True)]
+            matches = self._label(ranker, samples, games)
+            played += matches
+        return played, sum(bracket.num_byes for bracket in brackets)
+
+    def _label(
         self, ranker: Ranker, samples: Sequence[Samples], games: Sequence[Sequence[Game]]
     ) -> list[Match]:
         flat = [(one, game) for one, played in zip(samples, games, strict=True) for game in played]
         comparisons = [
-            Comparison(
-                one.prompt, one.rows[game.first]["response"], one.rows[game.second]["response"]
-            )
+            Comparison(one.prompt["prompt"], *(one.rows[index]["response"] for index in game[:2]))
             for one, game in flat
         ]
         with progress("pair", total=len(flat), unit="pairs") as bar:
@@ -118,6 +155,7 @@ class DirectPairShard:
     """`comparisons` to `pairs`: the preferences as they are (DPO, SLiC-HF-direct)."""
 
     model: str
+    settings: config.Pair
     templates: config.Templates
 
     def setup(self) -> Any:
@@ -125,64 +163,85 @@ class DirectPairShard:
         return load_tokenizer(self.model)
 
     def __call__(self, tokenizer: Any, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return a pair a training comparison."""
+        """Return the pairs of the shard's training comparisons; `cut` counts responses.
+
+        Comparisons are pairs, `identical` or `not_for_training`.
+        """
+        comparisons = tables["comparisons"].filter(pc.field("split") == "train").to_pylist()
+        sides = [
+            (self._response(tokenizer, row, "chosen"), self._response(tokenizer, row, "rejected"))
+            for row in comparisons
+        ]
         rows = [
-            {
-                "pair_id": ids.pair_id(row["prompt_id"], row["chosen_id"], row["rejected_id"]),
-                **{
-                    name: row[name]
-                    for name in (
-                        "prompt_id",
-                        "prompt",
-                        "chosen_id",
-                        "rejected_id",
-                        "chosen",
-                        "rejected",
-                        "split",
-                    )
-                },
-                "chosen_token_ids": encode_response(
-                    tokenizer, self.templates, row["chosen"], eos=True
-                ),
-                "rejected_token_ids": encode_response(
-                    tokenizer, self.templates, row["rejected"], eos=True
-                ),
-                "label_probability": 1.0,
-                "match_round": 0,
-                "origin": "direct",
-            }
-            for row in tables["comparisons"].to_pylist()
-            if row["split"] == "train"
+            _row(row, chosen, rejected, probability=1.0, match_round=0, origin="direct")
+            for row, (chosen, rejected) in zip(comparisons, sides, strict=True)
+            if not is_identical(chosen, rejected)
         ]
         return Shard(
             {"pairs": table_of("pairs", rows)},
             {
                 "comparisons": len(tables["comparisons"]),
+                "not_for_training": len(tables["comparisons"]) - len(comparisons),
+                "identical": len(comparisons) - len(rows),
                 "pairs": len(rows),
-                "not_for_training": len(tables["comparisons"]) - len(rows),
+                "cut": sum(response["is_cut"] for pair in sides for response in pair),
             },
         )
 
+    def _response(self, tokenizer: Any, comparison: Row, side: str) -> Row:
+        # Comparisons of our own decodes hold the prefix, which is put before every response here.
+        text = comparison[side].removeprefix(self.templates.response_prefix)
+        token_ids = encode_response(tokenizer, self.templates, text, eos=True)
+        limit = self.settings.max_response_tokens
+        is_cut = limit is not None and len(token_ids) > limit
+        if is_cut:
+            token_ids = token_ids[:limit]
+            text = tokenizer.decode(token_ids, skip_special_tokens=True)
+            text = text.removeprefix(self.templates.response_prefix)
+        return {
+            "response_id": comparison[f"{side}_id"],
+            "response": text,
+            "token_ids": token_ids,
+            "is_cut": is_cut,
+        }
 
-def pair_row(match: Match, origin: str) -> dict[str, Any]:
+
+def is_identical(first: Row, second: Row) -> bool:
+    """Return whether two responses are the same text or the same tokens, so that none is better."""
+    return any(first[name] == second[name] for name in ("response", "token_ids"))
+
+
+def pair_row(match: Match, origin: str) -> Row:
     """Return the `pairs` row of a match; the response with the positive logit is chosen."""
-    samples, game, logit = match
-    first, second = samples.rows[game.first], samples.rows[game.second]
-    chosen, rejected = (first, second) if logit >= 0 else (second, first)
+    chosen, rejected = match.sides
+    return _row(
+        match.samples.prompt,
+        chosen,
+        rejected,
+        probability=float(1 / (1 + np.exp(-abs(match.logit)))),
+        match_round=match.game.match_round,
+        origin=origin,
+    )
+
+
+def _row(
+    prompt: Row, chosen: Row, rejected: Row, *, probability: float, match_round: int, origin: str
+) -> Row:
+    chosen_id, rejected_id = chosen["response_id"], rejected["response_id"]
     return {
-        "pair_id": ids.pair_id(samples.prompt_id, chosen["response_id"], rejected["response_id"]),
-        "prompt_id": samples.prompt_id,
-        "prompt": samples.prompt,
-        "chosen_id": chosen["response_id"],
-        "rejected_id": rejected["response_id"],
+        "pair_id": ids.pair_id(prompt["prompt_id"], chosen_id, rejected_id),
+        "prompt_id": prompt["prompt_id"],
+        "prompt": prompt["prompt"],
+        "chosen_id": chosen_id,
+        "rejected_id": rejected_id,
         "chosen": chosen["response"],
         "rejected": rejected["response"],
         "chosen_token_ids": chosen["token_ids"],
         "rejected_token_ids": rejected["token_ids"],
-        "label_probability": float(1 / (1 + np.exp(-abs(logit)))),
-        "match_round": game.match_round,
+        "label_probability": probability,
+        "match_round": match_round,
         "origin": origin,
-        "split": samples.split,
+        "split": prompt["split"],
     }
 
 
@@ -192,8 +251,3 @@ def _winners(matches: Sequence[Match], samples: Sequence[Samples]) -> list[list[
         winner = match.game.first if match.logit >= 0 else match.game.second
         winners[match.samples.prompt_id].append(winner)
     return list(winners.values())
-
-
-def _identical(match: Match) -> bool:
-    rows = match.samples.rows
-    return bool(rows[match.game.first]["token_ids"] == rows[match.game.second]["token_ids"])

@@ -8,13 +8,19 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.shards import Shard
-from pipelines.tables import hashes, prompt_runs
+from pipelines.tables import (
+    IDS,
+    finite_rewards,
+    hashes,
+    prompt_runs,
+    require_same_ids,
+    text_numbers,
+)
 from rso import config
 from rso.diagnostics import Diagnostics, diagnose, sums
-from rso.rejection import Candidates, NonFiniteReward, Selections, select_many, states_of
+from rso.rejection import Candidates, Selections, select_many, states_of
 from schemas import SCHEMAS
 
-IDS = ("prompt_id", "response_id")
 COLUMNS = {"candidates": (*IDS, "response"), "rewards": (*IDS, "reward")}
 
 
@@ -31,15 +37,14 @@ class RejectShard:
     def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
         """Return every candidate with its verdict; rows belong together by their ids."""
         rewards, texts = tables["rewards"], tables["candidates"]
-        _check_ids(rewards, texts)
+        require_same_ids("reject", rewards=rewards, candidates=texts)
         prompt_ids, sizes = prompt_runs(rewards)
         candidates = Candidates(
             sizes=sizes,
             states=states_of(hashes(prompt_ids), sizes, hashes(rewards["response_id"]), self.seed),
-            texts=_numbers(texts["response"]),
-            rewards=rewards["reward"].to_numpy().astype(np.float64),
+            texts=text_numbers(texts["response"]),
+            rewards=finite_rewards(rewards, "reject"),
         )
-        _check_finite(rewards, candidates)
         settings, tried = self.settings, {}
         for beta in settings.all_betas:
             selections = select_many(
@@ -87,35 +92,6 @@ def _diagnostics(
     arrays = {name: pa.array(np.stack(found, axis=1).ravel()) for name, found in columns.items()}
     prompts = prompt_ids.take(pa.array(np.repeat(np.arange(len(prompt_ids)), len(tried))))
     return pa.table({"prompt_id": prompts, **arrays}).cast(SCHEMAS["diagnostics"])
-
-
-def _numbers(texts: pa.ChunkedArray) -> np.ndarray:
-    """Return a number for each text, equal for equal texts."""
-    encoded = texts.combine_chunks().dictionary_encode()
-    numbers: np.ndarray = encoded.indices.to_numpy().astype(np.intp)
-    return numbers
-
-
-def _check_ids(rewards: pa.Table, candidates: pa.Table) -> None:
-    """Shards are sorted by their unique ids, so the same ids make the same columns."""
-    if all(rewards[name].equals(candidates[name]) for name in IDS):
-        return
-    shared = rewards.select(IDS).join(candidates.select(IDS), list(IDS), join_type="inner")
-    raise ValueError(
-        f"reject: {len(rewards)} rewards and {len(candidates)} candidates share {len(shared)} ids, "
-        "expected all: run score again on these candidates"
-    )
-
-
-def _check_finite(rewards: pa.Table, candidates: Candidates) -> None:
-    bad = np.flatnonzero(~np.isfinite(candidates.rewards))
-    if bad.size:
-        row = rewards.slice(int(bad[0]), 1).to_pylist()[0]
-        raise NonFiniteReward(
-            f"prompt {row['prompt_id']}: candidate {row['response_id']} has reward {row['reward']},"
-            f" expected a finite number ({bad.size} rewards of this shard are not): look at the"
-            " ranker that scored it"
-        )
 
 
 def _accepted(rewards: pa.Table, selections: Selections) -> pa.Table:

@@ -9,7 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rso import seeds
+from rso.rejection import Floats, Indices, NonFiniteReward
 from schemas import SCHEMAS
+
+IDS = ["prompt_id", "response_id"]
 
 
 def table_of(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -37,6 +40,41 @@ def prompt_runs(table: pa.Table) -> tuple[pa.Array, npt.NDArray[np.intp]]:
     runs = pc.run_end_encode(table["prompt_id"].combine_chunks())
     ends = runs.run_ends.to_numpy().astype(np.intp)
     return runs.values, np.diff(ends, prepend=0)
+
+
+def require_same_ids(stage: str, **tables: pa.Table) -> None:
+    """Raise ValueError unless two tables, given by their names, hold the same responses in order.
+
+    Shards are sorted by their unique ids, so the same ids make the same columns.
+    """
+    (name, table), (other_name, other) = tables.items()
+    if all(table[column].equals(other[column]) for column in IDS):
+        return
+    shared = table.select(IDS).join(other.select(IDS), IDS, join_type="inner")
+    raise ValueError(
+        f"{stage}: {len(table)} {name} and {len(other)} {other_name} share {len(shared)} ids,"
+        f" expected all: make {name} again from these {other_name}"
+    )
+
+
+def finite_rewards(table: pa.Table, stage: str) -> Floats:
+    """Return the column `reward` as float64 [n]; raises NonFiniteReward that names a candidate."""
+    values: Floats = table["reward"].to_numpy().astype(np.float64)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        row = table.slice(int(bad[0]), 1).to_pylist()[0]
+        raise NonFiniteReward(
+            f"{stage}, prompt {row['prompt_id']}: candidate {row['response_id']} has reward"
+            f" {row['reward']}, expected a finite number ({bad.size} of this shard are not): look"
+            " at the ranker that scored it"
+        )
+    return values
+
+
+def text_numbers(texts: pa.ChunkedArray) -> Indices:
+    """Return a number from 0 for each text, [n], equal for equal texts."""
+    numbers: Indices = texts.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.intp)
+    return numbers
 
 
 def hashes(ids: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.uint64]:

@@ -238,10 +238,42 @@ class Pair(Section):
     source: Literal["rso-sample-rank", "sft-sample-rank", "direct"] = Field(
         "rso-sample-rank", description="Where the two responses of a pair come from."
     )
-    ranking: Literal["first-round", "tournament"] = Field(
-        "first-round", description="k/2 pairs, or winners meet again until one is left."
+    ranking: Literal["first-round", "tournament", "best-vs-worst", "best-vs-random"] = Field(
+        "first-round",
+        description="Who meets: k/2 random pairs; winners again until one is left (k-1 pairs); or "
+        "one pair, the highest reward against the lowest or against a random other sample. Not for "
+        "direct.",
     )
     num_samples: Count = Field(8, description="Random decodes a prompt for sft-sample-rank.")
+    min_margin: float = Field(
+        0.0,
+        ge=0,
+        description="Drop pairs whose label's |logit|, both orders averaged, is below this, nats; "
+        "0 keeps all. Not for direct, which has no logits.",
+    )
+    max_response_tokens: Count | None = Field(
+        None,
+        description="For direct only: cut responses to so many tokens, end of sequence included, "
+        "which a cut one loses; null cuts none.",
+    )
+
+
+class Targets(Section):
+    """New fine-tuning targets from rewards (RAFT, ReST)."""
+
+    method: Literal["none", "raft", "rest"] = Field(
+        "none",
+        description="raft: the best candidate of a prompt; rest: all above the threshold; none: "
+        "the stage is not there.",
+    )
+    threshold: float = Field(
+        0.7, ge=0, lt=1, description="For rest: rewards normalised to [0, 1] must exceed this."
+    )
+    normalise: Literal["prompt", "dataset"] = Field(
+        "prompt",
+        description="For rest: lowest and highest reward of each prompt, or of all prompts, become "
+        "0 and 1. The paper leaves it open.",
+    )
 
 
 class Logps(Section):
@@ -318,6 +350,7 @@ class Config(Section):
     score: Score = Field(default_factory=Score, description="Rewards.")
     reject: Reject = Field(default_factory=Reject, description="Algorithm 1.")
     pair: Pair = Field(default_factory=Pair, description="Pairs.")
+    targets: Targets = Field(default_factory=Targets, description="RAFT and ReST targets.")
     logps: Logps = Field(default_factory=Logps, description="Reference log-probs.")
     train_policy: TrainPolicy = Field(default_factory=TrainPolicy, description="Policy.")
     evaluate: Evaluate = Field(default_factory=Evaluate, description="Evaluation.")

@@ -1,12 +1,10 @@
-"""Which responses meet and which become targets (section 5.2); who wins, the ranker says."""
+"""Which responses of a prompt meet (section 5.2); who wins, the ranker says."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from rso import seeds
-from rso.rejection import Rewards, finite_rewards
+from rso.rejection import Floats, Rewards, finite_rewards
 
 
 class Game(NamedTuple):
@@ -22,12 +20,17 @@ class Game(NamedTuple):
 class Tournament:
     """Rounds of games between k samples, asked for one at a time so that a ranker can batch them.
 
-    k - 1 games in all. In a round of odd size the last one has a bye and opens the next round,
-    so that byes go round. The draw is keyed by (seed, prompt_id) and belongs to the ids.
+    k - 1 games. The rounds have k samples, then half as many rounded up, until one is left. In a
+    round of odd size the last sample has a bye: it goes on without a game and opens the next round,
+    so that nobody has two. A power of two has no byes, 5 has two (rounds of 5, 3 and 2), and one
+    sample alone has neither a game nor a bye. The draw is keyed by (seed, prompt_id) and belongs to
+    the ids.
     """
 
     def __init__(self, ids: Sequence[str], *, prompt_id: str, seed: int) -> None:
         """Draw the bracket of the samples `ids`, which must be distinct."""
+        self.num_byes = 0
+        """Byes in the rounds asked for so far."""
         self._prompt_id = prompt_id
         self._standing = _keyed_order(ids, prompt_id, seed)
         self._games: list[Game] = []
@@ -42,6 +45,8 @@ class Tournament:
             self._advance(winners or [])
         self._games = _games(self._standing, self._num_rounds)
         self._num_rounds += 1
+        if self._games:
+            self.num_byes += len(self._standing) % 2
         return list(self._games)
 
     @property
@@ -64,9 +69,10 @@ class Tournament:
 
 
 def first_round(ids: Sequence[str], *, prompt_id: str, seed: int) -> list[Game]:
-    """k // 2 games between the k samples in keyed random order; an odd one has a bye.
+    """k // 2 games between the k samples in keyed random order; for odd k the last has a bye.
 
-    `first-round-rank`. The draw belongs to the ids: the order of the input does not matter.
+    `first-round-rank`: who has the bye is in no pair. The draw belongs to the ids: the order of the
+    input does not matter.
     """
     return Tournament(ids, prompt_id=prompt_id, seed=seed).next_round()
 
@@ -76,7 +82,7 @@ def tournament(
 ) -> list[Game]:
     """All k - 1 games of `tournament-rank`, each with its winner as `first`.
 
-    `better(i, j)` says whether sample i is preferred over sample j.
+    `better(i, j)` says whether sample i is preferred over sample j. Byes as in `Tournament`.
     """
     bracket = Tournament(ids, prompt_id=prompt_id, seed=seed)
     decided: list[Game] = []
@@ -88,27 +94,42 @@ def tournament(
     return decided
 
 
-def raft_target(rewards: Rewards, ids: Sequence[str]) -> int:
-    """Index of the best candidate, among equals the one with the smallest id (RAFT).
+def best_vs_worst(
+    ids: Sequence[str], texts: Sequence[str], rewards: Rewards, *, prompt_id: str
+) -> list[Game]:
+    """One game of the sample with the highest reward, as `first`, against that with the lowest.
 
-    Raises NonFiniteReward, and ValueError where there is no candidate.
+    Among equal rewards the smallest id. The second has another text than the first; [] where there
+    is none. No byes: the other k - 2 samples are in no pair. Raises NonFiniteReward.
     """
-    if len(ids) == 0:
-        raise ValueError("raft_target: no candidates, expected at least one: skip the prompt")
-    values = finite_rewards(rewards, "raft_target", ids)
-    return min(range(len(ids)), key=lambda index: (-values[index], ids[index]))
-
-
-def rest_targets(rewards: Rewards, threshold: float = 0.7) -> list[int]:
-    """Indices of the candidates whose reward, normalised to [0, 1] per prompt, exceeds `threshold`.
-
-    ReST. None when all rewards are equal: there is nothing to normalise by. Raises NonFiniteReward.
-    """
-    values = finite_rewards(rewards, "rest_targets")
-    if values.size == 0 or values.max() == values.min():
+    values = finite_rewards(rewards, f"prompt {prompt_id}", ids)
+    best, others = _best_and_others(ids, texts, values)
+    if not others:
         return []
-    normalised = (values - values.min()) / (values.max() - values.min())
-    return [int(index) for index in np.flatnonzero(normalised > threshold)]
+    return [Game(best, min(others, key=lambda index: (values[index], ids[index])), 0)]
+
+
+def best_vs_random(
+    ids: Sequence[str], texts: Sequence[str], rewards: Rewards, *, prompt_id: str, seed: int
+) -> list[Game]:
+    """One game of the sample with the highest reward, as `first`, against another drawn by key.
+
+    Among equal rewards the smallest id is the best. The other is drawn among the samples with
+    another text than the best, each as likely, so copies of a text count as often as they were
+    sampled; [] where there is none. The draw belongs to the ids. Raises NonFiniteReward.
+    """
+    values = finite_rewards(rewards, f"prompt {prompt_id}", ids)
+    best, others = _best_and_others(ids, texts, values)
+    drawn = [index for index in _keyed_order(ids, prompt_id, seed) if index in others]
+    return [Game(best, index, 0) for index in drawn[:1]]
+
+
+def _best_and_others(
+    ids: Sequence[str], texts: Sequence[str], values: Floats
+) -> tuple[int, set[int]]:
+    """The best sample, -1 of none, and the samples whose text is not its."""
+    best = min(range(len(ids)), key=lambda index: (-values[index], ids[index]), default=-1)
+    return best, {index for index, text in enumerate(texts) if text != texts[best]}
 
 
 def _keyed_order(ids: Sequence[str], prompt_id: str, seed: int) -> list[int]:

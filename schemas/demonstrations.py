@@ -15,9 +15,14 @@ SCHEMA = schema(
         field(
             "reference_index",
             pa.int32(),
-            "0 for the first human response of the prompt, 1 for the next",
+            "0 for the first human response of the prompt, 1 for the next; of RAFT and ReST "
+            "targets, 0 for the one with the highest reward",
         ),
         field("split", pa.string(), "train, validation or test; a prompt is in one only"),
-        field("source", pa.string(), "name of the data source the row came from"),
+        field(
+            "source",
+            pa.string(),
+            "name of the data source the row came from; raft or rest for such targets",
+        ),
     ],
 )

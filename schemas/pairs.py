@@ -32,12 +32,13 @@ SCHEMA = schema(
         field(
             "label_probability",
             pa.float32(),
-            "ranker's probability that chosen is preferred, both orders averaged in logit space",
+            "ranker's probability that chosen is preferred, both orders averaged in logit space; "
+            "1 for direct",
         ),
         field(
             "match_round",
             pa.int32(),
-            "round of the tournament, 0 for first-round pairs",
+            "round of the tournament; 0 for all other pairs",
         ),
         field("origin", pa.string(), "direct, sft-sample-rank or rso-sample-rank"),
         field("split", pa.string(), "train, validation or test; a prompt is in one only"),

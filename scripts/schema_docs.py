@@ -50,10 +50,15 @@ def page() -> str:
 
 
 def _makers() -> dict[str, list[str]]:
-    """Return the stages that write each output, with and without human comparisons."""
+    """Return the stages that write each output, in any run."""
     makers: dict[str, dict[str, None]] = defaultdict(dict)
     for labeller in (None, "summary_quality"):
-        data = {"model": "m", "prepare": {"sources": []}, "comparisons": {"labeller": labeller}}
+        data = {
+            "model": "m",
+            "prepare": {"sources": []},
+            "comparisons": {"labeller": labeller},
+            "targets": {"method": "rest"},
+        }
         for stage in stages(parse_config(data, where="schema_docs")):
             for output in stage.outputs:
                 makers[output][f"`{stage.name}`"] = None

@@ -6,6 +6,7 @@ This table is the one statement of what feeds what; `rso plan`, the flow and the
 from dataclasses import dataclass
 
 from rso.config import Config
+from rso.errors import UserError
 
 Feeds = dict[str, str]
 
@@ -36,10 +37,20 @@ DOCUMENTS = ("report",)
 def stages(config: Config) -> tuple[Stage, ...]:
     """Return the stages of the run that `config` describes, every stage after what it reads.
 
-    With human comparisons `compare` is not there; with `pair.source: direct` nothing is decoded.
+    With human comparisons `compare` is not there; with `pair.source: direct` nothing is decoded;
+    `targets` is there when `targets.method` names one.
+
+    Raises:
+        UserError: targets of candidates are wanted where nothing is decoded.
     """
     synthetic = config.comparisons.labeller is not None
     direct = config.pair.source == "direct"
+    if direct and config.targets.method != "none":
+        raise UserError(
+            f"targets.method: {config.targets.method} needs candidates and rewards, and with "
+            "pair.source: direct there are none; set targets.method to none, or pair.source to "
+            "rso-sample-rank or sft-sample-rank."
+        )
     comparisons = "compare/comparisons" if synthetic else "prepare/comparisons"
     models = ("seed", "compute", "templates")
 
@@ -119,6 +130,17 @@ def stages(config: Config) -> tuple[Stage, ...]:
                 "reject",
             ),
         ]
+        if config.targets.method != "none":
+            table.append(
+                Stage(
+                    "targets",
+                    "targets",
+                    {"prompts": "prepare/prompts", **candidates, "rewards": "score/rewards"},
+                    ("demonstrations",),
+                    ("templates", "targets"),
+                    "targets",
+                )
+            )
         pair_inputs = {
             "prompts": "prepare/prompts",
             "accepted": "reject/accepted",

@@ -34,6 +34,7 @@ HEAVY = {
         ("rso.rejection", {"numpy"}),
         ("rso.diagnostics", {"numpy"}),
         ("rso.pairing", {"numpy"}),
+        ("rso.targets", {"numpy"}),
         ("rso.statistics", {"numpy"}),
         ("rso.seeds", {"numpy"}),
         ("rso.ids", set()),

@@ -1,10 +1,20 @@
-"""Who meets whom, and who becomes a target."""
+"""Who meets whom."""
+
+from collections import Counter
+from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rso.pairing import Tournament, first_round, raft_target, rest_targets, tournament
+from rso.pairing import (
+    Tournament,
+    best_vs_random,
+    best_vs_worst,
+    first_round,
+    tournament,
+)
 from rso.rejection import NonFiniteReward
 
 IDS = st.lists(st.integers(0, 10**6).map(str), max_size=17, unique=True)
@@ -56,16 +66,36 @@ def test_tournament_starts_with_the_first_round(ids) -> None:
     assert [g for g in games if g.match_round == 0] == first_round(ids, prompt_id="p", seed=3)
 
 
-def test_tournament_of_five_gives_no_sample_two_byes() -> None:
-    bracket = Tournament(list("abcde"), prompt_id="p", seed=0)
+@given(st.integers(0, 70), st.randoms())
+def test_tournament_of_any_size_gives_byes_to_odd_rounds_and_no_sample_two(k, random) -> None:
+    bracket = Tournament([str(number) for number in range(k)], prompt_id="p", seed=0)
     games = bracket.next_round()
-    byes = []
+    sizes, byes = [], []
     while games:
+        sizes.append(len(bracket.standing))
         met = {index for game in games for index in (game.first, game.second)}
         byes.extend(set(bracket.standing) - met)
+        games = bracket.next_round([random.choice(game[:2]) for game in games])
+    assert len(bracket.standing) == min(k, 1)
+    assert all(after == -(-before // 2) for before, after in pairwise(sizes))
+    assert len(byes) == bracket.num_byes == sum(size % 2 for size in sizes)
+    assert max(Counter(byes).values(), default=0) <= 1
+
+
+@pytest.mark.parametrize(("k", "num_byes"), [(1, 0), (3, 1), (5, 2), (6, 1), (8, 0), (17, 4)])
+def test_tournament_num_byes_of_some_sizes(k, num_byes) -> None:
+    bracket = Tournament([str(number) for number in range(k)], prompt_id="p", seed=0)
+    games = bracket.next_round()
+    while games:
         games = bracket.next_round([game.first for game in games])
-    assert len(byes) == len(set(byes)) == 2
-    assert len(bracket.standing) == 1
+    assert bracket.num_byes == num_byes
+
+
+@given(st.integers(0, 70))
+def test_first_round_leaves_over_the_odd_one_alone(k) -> None:
+    bracket = Tournament([str(number) for number in range(k)], prompt_id="p", seed=0)
+    games = bracket.next_round()
+    assert k == 2 * len(games) + bracket.num_byes + (k == 1)
 
 
 @pytest.mark.parametrize("winners", [None, [0], [9, 9]])
@@ -81,39 +111,76 @@ def test_first_round_of_repeated_ids_raises() -> None:
         first_round(["a", "a"], prompt_id="p", seed=0)
 
 
-def test_raft_target_is_the_best_and_among_equals_the_smallest_id() -> None:
-    assert raft_target([0.0, 2.0, 1.0], ["a", "b", "c"]) == 1
-    assert raft_target([2.0, 2.0, 1.0], ["b", "a", "c"]) == 1
+class Samples(NamedTuple):
+    ids: list[str]
+    texts: list[str]
+    rewards: list[float]
 
 
-def test_raft_target_of_no_candidates_raises() -> None:
-    with pytest.raises(ValueError, match="no candidates"):
-        raft_target([], [])
+@st.composite
+def samples(draw: st.DrawFn) -> Samples:
+    """Of any number, with copies of texts and with ties; copies have one reward."""
+    ids = draw(IDS)
+    texts = draw(st.lists(st.sampled_from("abcde"), min_size=len(ids), max_size=len(ids)))
+    reward = {text: draw(st.sampled_from([-1.5, 0.0, 2.0])) for text in "abcde"}
+    return Samples(ids, texts, [reward[text] for text in texts])
 
 
-def test_rest_targets_are_those_above_the_normalised_threshold() -> None:
-    rewards = [-5.0, 5.0, 2.0, 2.5]  # normalised 0, 1, 0.7, 0.75
-    assert rest_targets(rewards) == [1, 3]
-    assert rest_targets(rewards, threshold=0.8) == [1]
-    assert rest_targets(rewards, threshold=0.0) == [1, 2, 3]
+BY_REWARD = {
+    "best-vs-worst": best_vs_worst,
+    "best-vs-random": lambda *columns, prompt_id: best_vs_random(
+        *columns, prompt_id=prompt_id, seed=5
+    ),
+}
 
 
-@given(
-    st.lists(st.integers(-8, 8).map(float), min_size=1),
-    st.integers(-5, 5),
-    st.sampled_from([0.5, 1.0, 4.0]),
-)
-def test_rest_targets_of_scaled_and_shifted_rewards_are_the_same(rewards, shift, scale) -> None:
-    assert rest_targets([scale * reward + shift for reward in rewards]) == rest_targets(rewards)
+@pytest.mark.parametrize("ranking", BY_REWARD)
+@given(given=samples())
+def test_by_reward_the_best_meets_one_of_another_text(ranking, given) -> None:
+    games = BY_REWARD[ranking](*given, prompt_id="p")
+    assert len(games) == (len(set(given.texts)) > 1)
+    for first, second, match_round in games:
+        top = [i for i, reward in enumerate(given.rewards) if reward == max(given.rewards)]
+        assert given.ids[first] == min(given.ids[i] for i in top)
+        assert given.texts[first] != given.texts[second]
+        assert match_round == 0
 
 
-@pytest.mark.parametrize("rewards", [[], [1.5], [2.0, 2.0]])
-def test_rest_targets_of_equal_rewards_are_none(rewards) -> None:
-    assert rest_targets(rewards) == []
+@pytest.mark.parametrize("ranking", BY_REWARD)
+@given(given=samples(), random=st.randoms())
+def test_by_reward_of_reordered_samples_is_the_same_game(ranking, given, random) -> None:
+    rows = list(zip(*given, strict=True))
+    moved = random.sample(rows, len(rows))
+    columns = [list(column) for column in zip(*moved, strict=True)] or [[], [], []]
+    here = BY_REWARD[ranking](*given, prompt_id="p")
+    there = BY_REWARD[ranking](*columns, prompt_id="p")
+    assert [(given.ids[g.first], given.ids[g.second]) for g in here] == [
+        (moved[g.first][0], moved[g.second][0]) for g in there
+    ]
 
 
-def test_targets_of_non_finite_rewards_raise() -> None:
-    with pytest.raises(NonFiniteReward, match=r"raft_target: candidate b \(index 1\)"):
-        raft_target([0.0, float("nan")], ["a", "b"])
-    with pytest.raises(NonFiniteReward, match="rest_targets: candidate 0"):
-        rest_targets([float("inf"), 0.0])
+@given(samples())
+def test_best_vs_worst_second_has_the_lowest_reward_and_smallest_id_of_the_others(given) -> None:
+    for game in best_vs_worst(*given, prompt_id="p"):
+        best = given.texts[game.first]
+        others = [row for row in zip(*given, strict=True) if row[1] != best]
+        expected = min(others, key=lambda row: (row[2], row[0]))
+        assert given.ids[game.second] == expected[0]
+
+
+def test_best_vs_random_draws_every_other_alike_and_copies_as_often_as_sampled() -> None:
+    ids = [f"id{number}" for number in range(6)]
+    texts, rewards = list("aabbbc"), [9.0, 9.0, 1.0, 1.0, 1.0, 5.0]
+    drawn = Counter(
+        best_vs_random(ids, texts, rewards, prompt_id=str(prompt), seed=0)[0].second
+        for prompt in range(4000)
+    )
+    # 1,000 each, with a standard deviation of 27.
+    assert drawn.keys() == {2, 3, 4, 5}
+    assert all(870 < count < 1130 for count in drawn.values())
+
+
+@pytest.mark.parametrize("ranking", BY_REWARD)
+def test_by_reward_of_non_finite_rewards_raises(ranking) -> None:
+    with pytest.raises(NonFiniteReward, match=r"prompt p: candidate b \(index 1\)"):
+        BY_REWARD[ranking](["a", "b"], ["x", "y"], [0.0, float("nan")], prompt_id="p")

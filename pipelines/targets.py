@@ -1,0 +1,105 @@
+"""Rewards to new targets of supervised fine-tuning (RAFT, ReST), a shard at a time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.shards import Shard
+from pipelines.tables import IDS, finite_rewards, prompt_runs, require_same_ids, text_numbers
+from rso import config
+from rso.rejection import Indices
+from rso.targets import Bounds, distinct_by_reward, raft_targets, ranks, rest_targets
+from schemas import SCHEMAS
+
+COLUMNS = {
+    "candidates": (*IDS, "response", "finish_reason"),
+    "rewards": (*IDS, "reward"),
+    "prompts": ("prompt_id", "prompt", "split"),
+}
+
+
+@dataclass(frozen=True)
+class BoundsShard:
+    """The lowest and the highest reward of `rewards`, as counters; no output."""
+
+    def setup(self) -> None:
+        """Nothing to load."""
+
+    def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
+        """Return the maxima of the rewards and of their negatives; -inf of none."""
+        rewards = finite_rewards(tables["rewards"], "targets")
+        signs = {"max_reward": rewards, "max_negated_reward": -rewards}
+        return Shard({}, {name: float(v.max(initial=-np.inf)) for name, v in signs.items()})
+
+
+@dataclass(frozen=True)
+class TargetShard:
+    """Candidates to `demonstrations`. `bounds` are those of `normalise: dataset`."""
+
+    settings: config.Targets
+    response_prefix: str
+    bounds: Bounds | None
+
+    def setup(self) -> None:
+        """Nothing to load."""
+
+    def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
+        """Return the targets of the shard.
+
+        Candidates are `targets`, `declined` or `copies` of a text that counts once.
+        """
+        candidates = tables["candidates"]
+        require_same_ids("targets", rewards=tables["rewards"], candidates=candidates)
+        rewards = finite_rewards(tables["rewards"], "targets")
+        _, sizes = prompt_runs(candidates)
+        texts = text_numbers(candidates["response"])
+        if self.settings.method == "raft":
+            index = raft_targets(sizes, texts, rewards)
+        else:
+            index = rest_targets(
+                sizes, texts, rewards, threshold=self.settings.threshold, bounds=self.bounds
+            )
+        num_distinct = len(distinct_by_reward(sizes, texts, rewards))
+        chosen = candidates.take(index)
+        prompt = np.repeat(np.arange(len(sizes)), sizes)[index]
+        return Shard(
+            {"demonstrations": self._rows(chosen, tables["prompts"], ranks(prompt))},
+            {
+                "prompts": len(sizes),
+                "prompts_without_targets": len(sizes) - len(np.unique(prompt)),
+                "candidates": len(candidates),
+                "copies": len(candidates) - num_distinct,
+                "declined": num_distinct - len(index),
+                "targets": len(index),
+                "cut_off": pc.sum(pc.equal(chosen["finish_reason"], "length")).as_py() or 0,
+            },
+        )
+
+    def _rows(self, chosen: pa.Table, prompts: pa.Table, rank: Indices) -> pa.Table:
+        place = pc.index_in(chosen["prompt_id"], value_set=prompts["prompt_id"])
+        if place.null_count:
+            missing = chosen["prompt_id"].filter(pc.is_null(place))[0]
+            raise ValueError(
+                f"targets: candidates have prompt {missing}, which prompts have not; expected all:"
+                " give the prompts that were decoded"
+            )
+        prompt = prompts.take(place)
+        columns = {
+            "prompt_id": chosen["prompt_id"],
+            "response_id": chosen["response_id"],
+            "prompt": prompt["prompt"],
+            "target": self._without_prefix(chosen["response"]),
+            "reference_index": pa.array(rank.astype(np.int32)),
+            "split": prompt["split"],
+            "source": pa.array([self.settings.method] * len(chosen), pa.string()),
+        }
+        return pa.table(columns, schema=SCHEMAS["demonstrations"])
+
+    def _without_prefix(self, responses: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Decodes hold the prefix that `train_sft` puts before every target itself."""
+        prefix = self.response_prefix
+        rest = pc.utf8_slice_codeunits(responses, start=len(prefix))
+        return pc.if_else(pc.starts_with(responses, prefix), rest, responses)

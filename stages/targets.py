@@ -1,0 +1,41 @@
+"""Rewards to new fine-tuning targets (RAFT, ReST)."""
+
+from pipelines.targets import COLUMNS, BoundsShard, TargetShard
+from rso.errors import UserError
+from rso.targets import Bounds
+from stages.context import Context, Outcome
+
+
+def run(context: Context) -> Outcome:
+    """Take the candidates with high rewards as demonstrations."""
+    settings = context.config.targets
+    is_global = settings.method == "rest" and settings.normalise == "dataset"
+    bounds = _bounds(context) if is_global else None
+    counters = context.map(
+        "targets",
+        TargetShard(settings, context.config.templates.response_prefix, bounds),
+        inputs=COLUMNS,
+        outputs=["demonstrations"],
+    )
+    if not counters["targets"]:
+        raise UserError(
+            f"targets: none of {counters['prompts']:.0f} prompts with "
+            f"{counters['candidates']:.0f} candidates has a target; targets.method: rest needs "
+            "candidates of one prompt with different rewards, and with targets.normalise: dataset "
+            f"some above targets.threshold: {settings.threshold:g}; raise decode.num_samples or "
+            "the sampling temperature, or lower the threshold."
+        )
+    if bounds is not None:
+        counters |= {"lowest_reward": bounds.low, "highest_reward": bounds.high}
+    return Outcome(counters)
+
+
+def _bounds(context: Context) -> Bounds:
+    """The shards together, as a shard alone does not know the others' rewards."""
+    counters = context.map(
+        "reward bounds",
+        BoundsShard(),
+        inputs={"rewards": COLUMNS["rewards"]},
+        outputs=[],
+    )
+    return Bounds(-counters["max_negated_reward"], counters["max_reward"])
