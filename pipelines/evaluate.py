@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipelines.decode import Decoding, Engine, response_counters
 from pipelines.logps import Policy, PolicySource
-from pipelines.score import RankerSource
+from pipelines.score import AnyRanker
 from pipelines.shards import Shard
 from pipelines.tables import select_ids, table_of
 from rso import ids
@@ -130,7 +130,7 @@ class MergeShard:
 class JudgeShard:
     """Greedy generations to `judgements` by every judge, both orders averaged for rankers."""
 
-    rankers: Mapping[str, RankerSource]
+    rankers: Mapping[str, AnyRanker]
     labeller: str | None
 
     def setup(self) -> dict[str, Ranker]:

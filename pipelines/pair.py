@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.score import RankerSource
+from pipelines.score import AnyRanker
 from pipelines.shards import Shard
 from pipelines.tables import IDS, by_prompt, finite_rewards, require_same_ids, table_of
 from rso import config, ids, seeds
@@ -60,7 +60,7 @@ class Match(NamedTuple):
 class PairShard:
     """Candidates to `pairs`, labelled by the ranker on the two responses themselves."""
 
-    ranker: RankerSource
+    ranker: AnyRanker
     settings: config.Pair
     seed: int
 

@@ -1,16 +1,17 @@
-"""Candidates to rewards: each against its prompt's baseline (eq. 7)."""
+"""Candidates to rewards: each against its prompt's baseline (eq. 7), by one ranker or several."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines.shards import Shard
-from pipelines.tables import by_prompt
+from pipelines.tables import IDS, by_prompt, require_same_ids
 from rso import config
+from rso.objectives import weighted_sum
 from rso.progress import progress
-from rso.ranking import Candidates, Ranker, load_ranker
+from rso.ranking import Candidates, Ranker, WeightedRanker, load_ranker
 from schemas import SCHEMAS
 
 
@@ -32,6 +33,21 @@ class RankerSource:
             device=self.compute.device,
             attention=self.compute.attention,
         )
+
+
+@dataclass(frozen=True)
+class WeightedSource:
+    """How to load several rankers as one, each with its factor; picklable."""
+
+    rankers: Sequence[RankerSource]
+    factors: Sequence[float]
+
+    def load(self) -> Ranker:
+        """Return the weighted sum of the rankers, all of them loaded."""
+        return WeightedRanker([source.load() for source in self.rankers], self.factors)
+
+
+AnyRanker = RankerSource | WeightedSource
 
 
 @dataclass(frozen=True)
@@ -82,5 +98,40 @@ class ScoreShard:
                 "scored_once_for_copies": len(candidates) - distinct,
                 "reward_sum": float(flat.astype(np.float64).sum()),
                 "reward_spread_sum": float(sum(np.std(r.astype(np.float64)) for r in rewards)),
+                "reward_variance_sum": float(sum(np.var(r.astype(np.float64)) for r in rewards)),
             },
         )
+
+
+@dataclass(frozen=True)
+class CombineShard:
+    """The `rewards` by each objective to those of the run: sums with `factors`, by name."""
+
+    factors: Mapping[str, float]
+
+    def setup(self) -> None:
+        """Nothing to load."""
+
+    def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
+        """Return the combined rewards, with those by each objective beside them."""
+        candidates = tables["candidates"]
+        for name in self.factors:
+            require_same_ids("score", **{name: tables[name], "candidates": candidates})
+        rewards = [tables[name]["reward"].to_numpy() for name in self.factors]
+        size, number = len(candidates), len(rewards)
+        by_name = pa.MapArray.from_arrays(
+            pa.array(np.arange(0, (size + 1) * number, number), pa.int32()),
+            pa.array(list(self.factors) * size, pa.string()),
+            pa.array(np.stack(rewards, axis=1).ravel(), pa.float32()),
+        )
+        first = tables[next(iter(self.factors))]
+        table = pa.Table.from_arrays(
+            [
+                *(first[name] for name in IDS),
+                pa.array(weighted_sum(rewards, list(self.factors.values()))),
+                first["baseline_id"],
+                by_name,
+            ],
+            schema=SCHEMAS["rewards"],
+        )
+        return Shard({"rewards": table}, {})

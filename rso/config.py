@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from rso.errors import UserError
@@ -207,8 +207,60 @@ class Decode(Section):
     sampling: Sampling = Field(default_factory=Sampling, description="How candidates are drawn.")
 
 
+TRAINED = "trained"
+
+
+class Objective(Section):
+    """One of the rankers whose rewards are combined."""
+
+    name: str = Field(
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="Key of its rewards in `rewards.objectives`; lower case letters, digits, _.",
+    )
+    ranker: str = Field(
+        TRAINED,
+        json_schema_extra=RUNTIME,
+        description="`trained` for the ranker of `train_ranker`, or a model source, e.g. the "
+        "ranker folder of another run. Its content, not its name, is part of the identity.",
+    )
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Share in the mean; divided by the sum of all."
+    )
+
+
 class Score(Section):
     """Rewards of candidates against a baseline."""
+
+    objectives: tuple[Objective, ...] = Field(
+        (),
+        description="Rankers whose weighted mean is the ranker of the run; empty for the trained "
+        "one alone.",
+    )
+    standardise: bool = Field(
+        False,
+        description="Divide each objective by the spread of its rewards within prompts first; "
+        "`reject.beta` is then in such units.",
+    )
+
+    @property
+    def rankers(self) -> tuple[Objective, ...]:
+        """The objectives, or the trained ranker as the only one."""
+        return self.objectives or (Objective(name="ranker"),)
+
+    @model_validator(mode="after")
+    def _objectives_are_distinct(self) -> "Score":
+        names = [objective.name for objective in self.objectives]
+        trained = [o.name for o in self.objectives if o.ranker == TRAINED]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"objectives: names are {', '.join(names)}; expected each once: rename one"
+            )
+        if len(trained) > 1:
+            raise ValueError(
+                f"objectives: {' and '.join(trained)} are all the ranker of train_ranker; expected "
+                "one at most: give the others a ranker, the path of a model"
+            )
+        return self
 
 
 class Reject(Section):
@@ -491,6 +543,8 @@ def _problem(error: Any) -> str:
         return f"unknown key {place!r}; {hint}Known here: {', '.join(known)}."
     if error["type"] == "missing":
         return f"key {place!r} is required and missing."
+    if error["type"] == "value_error":
+        return f"{place}: {error['ctx']['error']}."
     return f"{place}: {error['msg']} (found {error['input']!r})."
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from rso import models
 from rso.config import Templates
 from rso.errors import UserError
+from rso.objectives import weighted_sum
 from rso.prefix import Row, collate, last_logits, plan_batches, split_row
 from rso.progress import progress as Bar
 from rso.templates import RankerEncoder
@@ -194,6 +195,41 @@ class TransformersRanker:
                     f"the model's context is {self._context_length}; lower "
                     "templates.max_context_tokens or the longest response."
                 )
+
+
+class WeightedRanker:
+    """Several rankers as one: each logit is the sum of theirs, each times its factor.
+
+    Logits, preferences and rewards are linear in the rankers' logits, so all of them are the same
+    weighted sum, taken in float64. A `progress` counts the branches of every ranker.
+    """
+
+    def __init__(self, rankers: Sequence[Ranker], factors: Sequence[float]) -> None:
+        assert len(rankers) == len(factors) > 0
+        self._rankers, self._factors = rankers, factors
+
+    def compare(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
+        """Return logit_A - logit_B of each item as it stands, one order only: [items]."""
+        return self._sum([ranker.compare(items, progress) for ranker in self._rankers])
+
+    def preference(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
+        """Return z = (z_AB - z_BA) / 2 of each item, [items]."""
+        return self._sum([ranker.preference(items, progress) for ranker in self._rankers])
+
+    def positional_bias(self, items: Sequence[Comparison]) -> float:
+        """Return the mean of (z_AB + z_BA) / 2: positive when slot A is favoured."""
+        biases = [ranker.positional_bias(items) for ranker in self._rankers]
+        return sum(f * bias for f, bias in zip(self._factors, biases, strict=True))
+
+    def rewards_many(
+        self, items: Sequence[Candidates], progress: Bar | None = None
+    ) -> list[Float32]:
+        """Return the rewards of each item's responses (eq. 7)."""
+        found = [ranker.rewards_many(items, progress) for ranker in self._rankers]
+        return [self._sum(rewards) for rewards in zip(*found, strict=True)]
+
+    def _sum(self, values: Sequence[Float32]) -> Float32:
+        return weighted_sum(values, self._factors)
 
 
 def load_ranker(

@@ -13,14 +13,15 @@ SCHEMA = schema(
         field(
             "reward",
             pa.float32(),
-            "eq. 7: logit of the ranker preferring this response to the baseline",
+            "eq. 7: logit of the ranker preferring this response to the baseline; of several "
+            "rankers the weighted mean, in units of `objectives.scale` where standardised",
             unit="nats",
         ),
         field("baseline_id", pa.string(), "response_id of the baseline"),
         field(
             "objectives",
             pa.map_(pa.string(), pa.float32()),
-            "rewards per objective where several rankers are combined; null with one",
+            "reward by each ranker, before weights and scales; null with one ranker as it is",
             unit="nats",
             nullable=True,
         ),

@@ -23,7 +23,8 @@ Each column's meaning and unit are also in the metadata of the files' Arrow sche
 
 Rows belong to the shard that a keyed hash of their `prompt_id` names, and are sorted within it by
 the columns given as the key below, which are unique in the dataset. All datasets of a run have
-the same number of shards, except `metrics`, which has one. Join on ids, never on position.
+the same number of shards, except `metrics` and `objectives`, which have one. Join on ids, never
+on position.
 
 `prompt_id` is 16 hex digits of SHA-256 over the task and the NFC-normalised prompt; `response_id`
 is 16 hex digits over the prompt_id, the origin of the response and its index there, so that

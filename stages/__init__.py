@@ -18,7 +18,8 @@ class Stage:
     `inputs` maps the name a stage uses to the `stage/output` it is read from. `sections` are the
     config sections the stage sees; all others are hidden from it and cannot change it.
     `settings` is the section that is this stage's own. `externals` names what comes from outside
-    the store: `sources` (raw files) or `model` (the base model).
+    the store: `sources` (raw files), `model` (the base model), `ranker_init`, or `objectives` (the
+    rankers that were not trained in this run).
     """
 
     name: str
@@ -41,7 +42,7 @@ def stages(config: Config) -> tuple[Stage, ...]:
     `targets` is there when `targets.method` names one.
 
     Raises:
-        UserError: targets of candidates are wanted where nothing is decoded.
+        UserError: targets or objectives are wanted where nothing is decoded.
     """
     synthetic = config.comparisons.labeller is not None
     direct = config.pair.source == "direct"
@@ -50,6 +51,12 @@ def stages(config: Config) -> tuple[Stage, ...]:
             f"targets.method: {config.targets.method} needs candidates and rewards, and with "
             "pair.source: direct there are none; set targets.method to none, or pair.source to "
             "rso-sample-rank or sft-sample-rank."
+        )
+    if direct and config.score.objectives:
+        raise UserError(
+            "score.objectives names rankers, and with pair.source: direct nothing is scored and "
+            "none would be used; remove score.objectives, or set pair.source to rso-sample-rank "
+            "or sft-sample-rank."
         )
     comparisons = "compare/comparisons" if synthetic else "prepare/comparisons"
     models = ("seed", "compute", "templates")
@@ -100,6 +107,10 @@ def stages(config: Config) -> tuple[Stage, ...]:
         )
     table += [ranker("train_ranker"), ranker("train_gold_ranker")]
     rankers = {"ranker": "train_ranker/ranker"}
+    # What compares with the ranker that scored, which may be several.
+    scored = rankers if direct else {**rankers, "objectives": "score/objectives"}
+    ranking = () if direct else ("score",)
+    objectives = () if direct else ("objectives",)
     candidates = {"candidates": "decode/candidates"}
     if direct:
         pair_inputs = {"comparisons": comparisons, "reference": "train_sft/reference"}
@@ -117,9 +128,10 @@ def stages(config: Config) -> tuple[Stage, ...]:
                 "score",
                 "score",
                 {"prompts": "prepare/prompts", **candidates, **rankers},
-                ("rewards",),
+                ("rewards", "objectives"),
                 (*models, "score"),
                 "score",
+                objectives,
             ),
             Stage(
                 "reject",
@@ -145,10 +157,18 @@ def stages(config: Config) -> tuple[Stage, ...]:
             "prompts": "prepare/prompts",
             "accepted": "reject/accepted",
             **candidates,
-            **rankers,
+            **scored,
         }
     table += [
-        Stage("pair", "pair", pair_inputs, ("pairs",), (*models, "pair"), "pair"),
+        Stage(
+            "pair",
+            "pair",
+            pair_inputs,
+            ("pairs",),
+            (*models, *ranking, "pair"),
+            "pair",
+            objectives,
+        ),
         Stage(
             "logps",
             "logps",
@@ -165,11 +185,12 @@ def stages(config: Config) -> tuple[Stage, ...]:
                 "logps": "logps/logps",
                 "prompts": "prepare/prompts",
                 **reference,
-                **rankers,
+                **scored,
             },
             ("policy",),
-            (*models, "train_policy"),
+            (*models, *ranking, "train_policy"),
             "train_policy",
+            objectives,
         ),
         Stage(
             "evaluate",
@@ -178,12 +199,13 @@ def stages(config: Config) -> tuple[Stage, ...]:
                 "prompts": "prepare/prompts",
                 "policy": "train_policy/policy",
                 **reference,
-                **rankers,
+                **scored,
                 "gold_ranker": "train_gold_ranker/ranker",
             },
             ("generations", "judgements", "metrics"),
-            (*models, "comparisons", "evaluate"),
+            (*models, *ranking, "comparisons", "evaluate"),
             "evaluate",
+            objectives,
         ),
     ]
     everything = {

@@ -14,6 +14,7 @@ from rso.labelling import labeller
 from rso.parquet import num_shards, read_shard, write_shard
 from stages.context import Context, Outcome
 from stages.prompts import choose_prompts
+from stages.rankers import ranker_of_run
 
 SYSTEMS = ("policy", "reference")
 
@@ -45,8 +46,10 @@ def run(context: Context) -> Outcome:
         outputs=["generations"],
     )
     rankers = {
-        name: RankerSource(context.directory(name), config.compute, config.templates)
-        for name in ("ranker", "gold_ranker")
+        "ranker": ranker_of_run(context),
+        "gold_ranker": RankerSource(
+            context.directory("gold_ranker"), config.compute, config.templates
+        ),
     }
     counters |= context.map(
         "judge",

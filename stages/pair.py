@@ -1,11 +1,11 @@
 """Samples to labelled preference pairs."""
 
 from pipelines.pair import COLUMNS, DirectPairShard, PairShard
-from pipelines.score import RankerSource
 from pipelines.shards import Counters
 from rso.config import Pair
 from rso.errors import UserError
 from stages.context import Context, Outcome
+from stages.rankers import ranker_of_run
 
 
 def run(context: Context) -> Outcome:
@@ -19,10 +19,9 @@ def run(context: Context) -> Outcome:
             outputs=["pairs"],
         )
     else:
-        ranker = RankerSource(context.directory("ranker"), config.compute, config.templates)
         counters = context.map(
             "pair",
-            PairShard(ranker, config.pair, config.seed),
+            PairShard(ranker_of_run(context), config.pair, config.seed),
             inputs=COLUMNS,
             outputs=["pairs"],
         )

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from rso.allocator import keep_freed_memory
 from rso.artifact import Artifact, Store, digest_directory
 from rso.code_digest import CodeDigest, code_digest
-from rso.config import Config, identity
+from rso.config import TRAINED, Config, identity
 from rso.errors import UserError
 from rso.fingerprint import fingerprint
 from rso.models import resolve as resolve_model
@@ -154,6 +154,12 @@ class Graph:
             }
         if name == "model":
             return resolve_model(self.config.model).identity
+        if name == "objectives":
+            return {
+                objective.name: resolve_model(objective.ranker).identity
+                for objective in self.config.score.rankers
+                if objective.ranker != TRAINED
+            }
         assert name == "ranker_init", name
         init = getattr(self.config, stage.settings).init_from
         return None if init == "reference" else resolve_model(init).identity

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from pipelines.score import RankerSource
 from pipelines.tables import select_ids
 from rso.decoding import Request, Sampling
 from rso.decoding.transformers_engine import TransformersDecoder
@@ -15,6 +14,7 @@ from rso.templates import encode_prompt
 from rso.training.policy import PolicyPair, train_policy
 from stages.context import Context, Outcome
 from stages.prompts import choose_prompts
+from stages.rankers import ranker_of_run
 
 FIELDS = PolicyPair._fields
 
@@ -71,7 +71,7 @@ def _win_rate(context: Context) -> Callable[[Any], float]:
         for row in rows
     ]
     greedy = Sampling(temperature=0.0, top_k=0, max_new_tokens=config.train_policy.max_new_tokens)
-    ranker = RankerSource(context.directory("ranker"), config.compute, config.templates).load()
+    ranker = ranker_of_run(context).load()
 
     def win_rate(model: Any) -> float:
         decoded = TransformersDecoder(model, tokenizer).decode(requests, greedy, seed=config.seed)

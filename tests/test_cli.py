@@ -168,7 +168,7 @@ def test_stage_alone_answers_from_the_store_and_forces(
     here = ("--config", run.path, "--set", f"store={run.store}", "--json")
     assert rso("stage", "reject", *here).json["is_cached"]
     forced = rso("stage", "reject", *here, "--force").json
-    assert not forced["is_cached"] and forced["rows"] == {"accepted": 96}
+    assert not forced["is_cached"] and forced["rows"] == {"accepted": 96, "diagnostics": 64}
 
 
 def test_stage_with_an_input_from_a_folder_is_another_artifact(
