@@ -1,6 +1,7 @@
 """What the pages say is what the code says: generated pages, settings shown, links."""
 
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,3 +57,15 @@ def links() -> Iterator[Any]:
 @pytest.mark.parametrize(("page", "target"), list(links()))
 def test_link_leads_to_a_file(page: Path, target: str) -> None:
     assert (page.parent / target.partition("#")[0]).exists(), f"{page}: {target}"
+
+
+@pytest.mark.slow
+def test_rejection_page_has_what_its_script_measures() -> None:
+    """Tables and figure: `keep` and `collapse`, convergence over n, figures over σ/β."""
+    script = runpy.run_path(str(ROOT / "scripts/rejection_docs.py"))
+    sizes, shown = script["SIZES"], script["SHOWN"]
+    found = {size: script["distances"](size, (1, 8) if size in shown else (1,)) for size in sizes}
+    page = (ROOT / "docs/rejection-sampling.md").read_text(encoding="utf-8")
+    for table in (script["by_beta"](), script["by_duplicates"](), script["by_size"](found)):
+        assert "\n".join(table) in page
+    assert script["FIGURE"].read_text(encoding="utf-8") == script["figure"](found)
