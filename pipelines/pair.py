@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.rewards import finite_rewards
 from pipelines.score import AnyRanker
 from pipelines.shards import Shard
-from pipelines.tables import IDS, by_prompt, finite_rewards, require_same_ids, table_of
+from pipelines.tables import IDS, by_prompt, require_same_ids, table_of
 from rso import config, ids, seeds
 from rso.models import load_tokenizer
 from rso.pairing import Game, Tournament, best_vs_random, best_vs_worst

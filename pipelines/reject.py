@@ -7,15 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from pipelines.rewards import finite_rewards, text_numbers
 from pipelines.shards import Shard
-from pipelines.tables import (
-    IDS,
-    finite_rewards,
-    hashes,
-    prompt_runs,
-    require_same_ids,
-    text_numbers,
-)
+from pipelines.tables import IDS, hashes, prompt_runs, require_same_ids
 from rso import config
 from rso.diagnostics import Diagnostics, diagnose, sums
 from rso.rejection import Candidates, Selections, select_many, states_of

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rso import seeds
-from rso.rejection import Floats, Indices, NonFiniteReward
 from schemas import SCHEMAS
 
 IDS = ["prompt_id", "response_id"]
@@ -55,26 +54,6 @@ def require_same_ids(stage: str, **tables: pa.Table) -> None:
         f"{stage}: {len(table)} {name} and {len(other)} {other_name} share {len(shared)} ids,"
         f" expected all: make {name} again from these {other_name}"
     )
-
-
-def finite_rewards(table: pa.Table, stage: str) -> Floats:
-    """Return the column `reward` as float64 [n]; raises NonFiniteReward that names a candidate."""
-    values: Floats = table["reward"].to_numpy().astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(values))
-    if bad.size:
-        row = table.slice(int(bad[0]), 1).to_pylist()[0]
-        raise NonFiniteReward(
-            f"{stage}, prompt {row['prompt_id']}: candidate {row['response_id']} has reward"
-            f" {row['reward']}, expected a finite number ({bad.size} of this shard are not): look"
-            " at the ranker that scored it"
-        )
-    return values
-
-
-def text_numbers(texts: pa.ChunkedArray) -> Indices:
-    """Return a number from 0 for each text, [n], equal for equal texts."""
-    numbers: Indices = texts.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.intp)
-    return numbers
 
 
 def hashes(ids: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.uint64]:

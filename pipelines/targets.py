@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.rewards import finite_rewards, text_numbers
 from pipelines.shards import Shard
-from pipelines.tables import IDS, finite_rewards, prompt_runs, require_same_ids, text_numbers
+from pipelines.tables import IDS, prompt_runs, require_same_ids
 from rso import config
 from rso.rejection import Indices
 from rso.targets import Bounds, distinct_by_reward, raft_targets, ranks, rest_targets
