@@ -103,6 +103,11 @@ class ScoreShard:
         )
 
 
+def scored_by(name: str) -> str:
+    """Return the name of the table of rewards by the objective `name`."""
+    return f"score_{name}"
+
+
 @dataclass(frozen=True)
 class CombineShard:
     """The `rewards` by each objective to those of the run: sums with `factors`, by name."""
@@ -114,18 +119,18 @@ class CombineShard:
 
     def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
         """Return the combined rewards, with those by each objective beside them."""
-        candidates = tables["candidates"]
-        for name in self.factors:
-            require_same_ids("score", **{name: tables[name], "candidates": candidates})
-        rewards = [tables[name]["reward"].to_numpy() for name in self.factors]
-        size, number = len(candidates), len(rewards)
+        found = {scored_by(name): tables[scored_by(name)] for name in self.factors}
+        for name, table in found.items():
+            require_same_ids("score", **{name: table, "candidates": tables["candidates"]})
+        rewards = [table["reward"].to_numpy() for table in found.values()]
+        size, number = len(tables["candidates"]), len(rewards)
         by_name = pa.MapArray.from_arrays(
             pa.array(np.arange(0, (size + 1) * number, number), pa.int32()),
             pa.array(list(self.factors) * size, pa.string()),
             pa.array(np.stack(rewards, axis=1).ravel(), pa.float32()),
         )
-        first = tables[next(iter(self.factors))]
-        table = pa.Table.from_arrays(
+        first = next(iter(found.values()))
+        combined = pa.Table.from_arrays(
             [
                 *(first[name] for name in IDS),
                 pa.array(weighted_sum(rewards, list(self.factors.values()))),
@@ -134,4 +139,4 @@ class CombineShard:
             ],
             schema=SCHEMAS["rewards"],
         )
-        return Shard({"rewards": table}, {})
+        return Shard({"rewards": combined}, {})

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pipelines.score import CombineShard, ScoreShard
+from pipelines.score import CombineShard, ScoreShard, scored_by
 from pipelines.shards import Counters
 from pipelines.tables import table_of
 from rso.config import TRAINED
@@ -31,7 +31,7 @@ def run(context: Context) -> Outcome:
                 ScoreShard(ranker),
                 inputs=INPUTS,
                 outputs=["rewards"],
-                scratch_output=name,
+                scratch_output=scored_by(name),
             )
             for name, ranker in rankers.items()
         }
@@ -45,7 +45,7 @@ def run(context: Context) -> Outcome:
             "combine",
             CombineShard(dict(zip(rankers, factors, strict=True))),
             inputs={"candidates": ("prompt_id", "response_id")},
-            scratch_inputs=dict.fromkeys(rankers, "rewards"),
+            scratch_inputs={scored_by(name): "rewards" for name in rankers},
             outputs=["rewards"],
         )
         counters = _by_objective(found)

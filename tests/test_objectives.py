@@ -84,14 +84,14 @@ def test_several_objectives_score_select_and_label(
     run = finished.copy(tmp_path / "store")
     other = run.artifact("train_gold_ranker").local("ranker")
     changes = objectives(
-        "name: own", f"name: other, ranker: {other}, weight: 3", standardise=standardise
+        "name: own", f"name: candidates, ranker: {other}, weight: 3", standardise=standardise
     )
     for stage in ("score", "reject", "pair"):
         assert not run_stage(run.graph(*changes), stage).is_cached
 
     rows = {row["name"]: row for row in run.rows("score/objectives", *changes)}
-    assert {name: row["weight"] for name, row in rows.items()} == {"own": 0.25, "other": 0.75}
-    assert rows["own"]["ranker"] == "trained" and "sha256" in rows["other"]["ranker"]
+    assert {name: row["weight"] for name, row in rows.items()} == {"own": 0.25, "candidates": 0.75}
+    assert rows["own"]["ranker"] == "trained" and "sha256" in rows["candidates"]["ranker"]
     rewards = run.rows("score/rewards", *changes)
     raw = {row["response_id"]: dict(row["objectives"]) for row in rewards}
     before = {row["response_id"]: row["reward"] for row in finished.rows("score/rewards")}
@@ -106,11 +106,12 @@ def test_several_objectives_score_select_and_label(
     for row in rewards:
         parts = raw[row["response_id"]]
         expected = sum(
-            rows[name]["weight"] / rows[name]["scale"] * parts[name] for name in ("own", "other")
+            rows[name]["weight"] / rows[name]["scale"] * parts[name]
+            for name in ("own", "candidates")
         )
         assert row["reward"] == pytest.approx(expected, abs=1e-5)
 
-    directories = {"own": run.artifact("train_ranker").local("ranker"), "other": other}
+    directories = {"own": run.artifact("train_ranker").local("ranker"), "candidates": other}
     together = WeightedRanker(
         [load(directories[name]) for name in rows],
         [row["weight"] / row["scale"] for row in rows.values()],
@@ -123,7 +124,9 @@ def test_several_objectives_score_select_and_label(
         assert pair["label_probability"] == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-4)
     counters = run.artifact("score", *changes).manifest.counters
     assert counters["responses"] == 96
-    assert counters["other/reward_sum"] == pytest.approx(sum(r["other"] for r in raw.values()))
+    assert counters["candidates/reward_sum"] == pytest.approx(
+        sum(r["candidates"] for r in raw.values())
+    )
 
 
 def test_one_objective_is_the_run_without_objectives(finished: system.Run, tmp_path: Path) -> None:
