@@ -25,5 +25,5 @@ def run(context: Context) -> Outcome:
     }
     points = curve(totals)
     for sentence in advice(points, totals[settings.beta], settings.beta):
-        logger.warning("reject: %s", sentence)
+        logger.warning("%s", sentence)
     return Outcome(totals[settings.beta], {"betas": points})
