@@ -234,7 +234,7 @@ def train_ours(
     from rso.config import Compute, TrainPolicy
     from rso.prefix import Row
     from rso.training.base import load
-    from rso.training.policy import PolicyExample, PolicyTrainer, pair_loss
+    from rso.training.policy import PolicyExample, PolicyTrainer
     from rso.training.steps import Steps, by_prompt
 
     settings = TrainPolicy(
@@ -263,6 +263,7 @@ def train_ours(
             tuple(map(str, branches)),
             tuple((place[pair.chosen], place[pair.rejected]) for pair in group),
             tuple(logp for _, logp in branches.values()),
+            (1.0,) * len(group),
         )
 
     plan = [list(range(i, i + batch_size)) for i in range(0, len(pairs), batch_size)]
@@ -276,7 +277,7 @@ def train_ours(
         work_directory=str(arguments.directory / "ours"),
         what="train_policy",
     )
-    trainer.pair_loss = pair_loss(settings)
+    trainer.loss = settings
     trainer.add_callback(callback(turns))
     trainer.train()
 

@@ -11,7 +11,7 @@ as a block mask.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +108,9 @@ def attention(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
-        return cast(Tensor, _BranchAttention.apply(query, key, value, branches, scale)), None
+        # Typed loosely: torch does not annotate `apply`.
+        apply: Any = _BranchAttention.apply
+        return apply(query, key, value, branches, scale), None
     seen = _compiled_flex(
         query, key, value, block_mask=branches.block_mask, scale=scale, enable_gqa=True
     )
@@ -168,8 +170,8 @@ class _BranchAttention(torch.autograd.Function):
             for grad, part, at in zip(grads, parts, (queries, keys, keys), strict=True):
                 grad[at] += part
         dq, dk, dv = grads
-        num_heads = key.shape[1]
-        dk, dv = (g.unflatten(1, (num_heads, -1)).sum(2) for g in (dk, dv))
+        # Query heads that share a key head lie side by side.
+        dk, dv = (g.view(1, key.shape[1], -1, *g.shape[2:]).sum(2) for g in (dk, dv))
         return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None
 
 

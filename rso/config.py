@@ -29,6 +29,9 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
 
+REFERENCE = "reference"
+
+
 class Source(Section):
     """One raw file. Field names on the right are those of the file."""
 
@@ -185,7 +188,7 @@ class TrainRanker(Optimisation):
     """Training of a pairwise ranker."""
 
     init_from: str = Field(
-        "reference", description="`reference` for the SFT policy, or a model source."
+        REFERENCE, description="`reference` for the SFT policy, or a model source."
     )
     folds: tuple[int, ...] = Field((0,), description="Prompt folds whose comparisons are used.")
     num_folds: Count = Field(2, description="Folds that the prompts are hashed into.")
@@ -339,10 +342,32 @@ class Logps(Section):
 class TrainPolicy(Optimisation):
     """Preference optimisation of the policy."""
 
-    loss: Literal["sigmoid_norm", "hinge", "hinge_norm"] = Field(
-        "sigmoid_norm", description="eq. 8, eq. 9 or eq. 10."
+    init_from: str = Field(
+        REFERENCE,
+        description="`reference`, or a model source to go on from, e.g. the policy folder of an "
+        "earlier round. The reference policy of the losses stays `reference`.",
     )
-    gamma: float = Field(0.05, gt=0, description="Scale of the loss logit.")
+    loss: Literal["sigmoid_norm", "hinge", "hinge_norm", "rrhf", "cross_entropy"] = Field(
+        "sigmoid_norm",
+        description="On pairs: eq. 8, eq. 9, eq. 10, or RRHF's ranking loss; cross_entropy: on the "
+        "new targets of `targets` (RAFT, ReST).",
+    )
+    gamma: float = Field(
+        0.05, gt=0, description="Scale of the loss logit; rrhf and cross_entropy have none."
+    )
+    regularisation: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="lambda of eq. 1: each pair adds -lambda log-prob of its prompt's target, "
+        "scaled by gamma with the rest.",
+    )
+    soft_labels: bool = Field(
+        False, description="Weigh both orders of a pair by the ranker's `label_probability`."
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of labels taken to be wrong (conservative DPO)."
+    )
     num_evaluations: Count = Field(1, description="Checkpoints compared, evenly spaced.")
     num_validation_prompts: Count = Field(64, description="Prompts of a checkpoint comparison.")
     max_new_tokens: Count = Field(128, description="Longest validation answer.")
@@ -351,6 +376,21 @@ class TrainPolicy(Optimisation):
         gt=0,
         description="Largest |policy - reference| log-prob a token allowed before training, nats.",
     )
+
+    @model_validator(mode="after")
+    def _cross_entropy_has_no_pairs(self) -> "TrainPolicy":
+        given = {
+            "regularisation": self.regularisation,
+            "soft_labels": self.soft_labels,
+            "label_smoothing": self.label_smoothing,
+        }
+        named = [name for name, value in given.items() if value]
+        if self.loss == "cross_entropy" and named:
+            raise ValueError(
+                f"{named[0]} is for losses on pairs, and loss is cross_entropy; remove it, or "
+                "choose sigmoid_norm, hinge, hinge_norm or rrhf"
+            )
+        return self
 
 
 class Evaluate(Section):

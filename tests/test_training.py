@@ -298,48 +298,94 @@ def test_ranker_step_equals_plain_computation(
     assert_step_equals(captured[0], plain)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid_norm", "hinge", "hinge_norm"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "sigmoid_norm"},
+        {"loss": "hinge"},
+        {"loss": "hinge_norm"},
+        {"loss": "rrhf"},
+        {"loss": "hinge", "regularisation": 0.5},
+        {"loss": "rrhf", "regularisation": 0.5},
+        {"loss": "sigmoid_norm", "soft_labels": True},
+        {"loss": "hinge_norm", "label_smoothing": 0.2},
+        {"loss": "sigmoid_norm", "soft_labels": True, "label_smoothing": 0.2},
+    ],
+    ids=lambda changes: "-".join(f"{value}" for value in changes.values()),
+)
 def test_policy_step_equals_plain_computation(
     tiny_llama_dir: str,
     tiny_ranker_dir: str,
     tiny_tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
     captured: list[PrefixTrainer[Any]],
-    loss: str,
+    changes: dict[str, Any],
 ) -> None:
-    gamma = 0.3
-    rows = pairs(tiny_tokenizer)
+    gamma, lam = 0.3, changes.get("regularisation", 0.0)
+    rows = [
+        pair._replace(label_probability=0.5 + i / 40)
+        for i, pair in enumerate(pairs(tiny_tokenizer))
+    ]
     reference = reference_logps(tiny_ranker_dir, tiny_tokenizer, rows)
+    targets = {row.prompt_id: f"Return {row.prompt}." for row in rows}
     train_policy(
         tiny_llama_dir,
         rows,
         reference,
-        settings(TrainPolicy, batch_size=18, loss=loss, gamma=gamma),
+        settings(TrainPolicy, batch_size=18, gamma=gamma, **changes),
         FP32,
         TEMPLATES,
         seed=0,
         work_directory=str(tmp_path / "work"),
         output_directory=str(tmp_path / "model"),
+        targets=targets,
         starts_as_reference=False,
     )
+    model = captured[0].network
+
+    def logp(row: PolicyPair, token_ids: Sequence[int]) -> Tensor:
+        return sequence_logps(
+            model, encode_prompt(tiny_tokenizer, TEMPLATES, row.prompt), token_ids
+        )
+
+    def loss_of(row: PolicyPair, first: str, second: str) -> Tensor:
+        sides = []
+        for side in (first, second):
+            token_ids, response_id = getattr(row, f"{side}_token_ids"), getattr(row, f"{side}_id")
+            value = logp(row, token_ids)
+            if changes["loss"] == "rrhf":
+                value = value / len(token_ids)
+            elif changes["loss"] != "hinge":
+                value = value - reference[row.prompt_id, response_id]
+            sides.append(value)
+        margin = sides[0] - sides[1]
+        if changes["loss"] == "rrhf":
+            return (-margin).clamp(min=0)
+        if changes["loss"] == "sigmoid_norm":
+            return -functional.logsigmoid(gamma * margin)
+        return (1 - gamma * margin).clamp(min=0)
 
     def plain() -> Tensor:
         total = torch.tensor(0.0)
         for row in rows:
-            prompt = encode_prompt(tiny_tokenizer, TEMPLATES, row.prompt)
-            chosen = sequence_logps(captured[0].network, prompt, row.chosen_token_ids)
-            rejected = sequence_logps(captured[0].network, prompt, row.rejected_token_ids)
-            if loss != "hinge":
-                chosen = chosen - reference[row.prompt_id, row.chosen_id]
-                rejected = rejected - reference[row.prompt_id, row.rejected_id]
-            logit = gamma * (chosen - rejected)
-            is_sigmoid = loss == "sigmoid_norm"
-            total = total + (
-                -functional.logsigmoid(logit) if is_sigmoid else (1 - logit).clamp(min=0)
-            )
+            is_right = row.label_probability if changes.get("soft_labels") else 1.0
+            wrong = changes.get("label_smoothing", 0.0)
+            is_right = is_right * (1 - wrong) + (1 - is_right) * wrong
+            total = total + is_right * loss_of(row, "chosen", "rejected")
+            total = total + (1 - is_right) * loss_of(row, "rejected", "chosen")
+            target = encode_response(tiny_tokenizer, TEMPLATES, targets[row.prompt_id], eos=True)
+            scale = 1.0 if changes["loss"] == "rrhf" else gamma
+            total = total - (scale * lam * logp(row, target) if lam else 0)
         return total / len(rows)
 
     assert_step_equals(captured[0], plain)
+
+
+def test_regularisation_without_a_target_is_refused(
+    tiny_llama_dir: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="6 of 6 have none, the first being p0"):
+        run_policy(tiny_llama_dir, tiny_tokenizer, tmp_path, loss="hinge", regularisation=0.5)
 
 
 @pytest.mark.parametrize(("compute", "dtype"), [(FP32, torch.float32), (BF16, torch.bfloat16)])

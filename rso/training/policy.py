@@ -1,4 +1,7 @@
-"""Preference optimisation of the policy on labelled pairs (eq. 8, 9, 10)."""
+"""Training of the policy: on labelled pairs (eq. 1, 8, 9, 10, RRHF) or on new targets.
+
+The checkpoint with the highest win rate is kept, whatever the loss.
+"""
 
 import json
 import math
@@ -6,7 +9,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from rso.config import Compute, Templates, TrainPolicy
 from rso.errors import UserError
 from rso.models import save_model
 from rso.prefix import Row, branch_logps
-from rso.templates import encode_prompt
+from rso.templates import encode_prompt, encode_response
 from rso.training.base import (
     PrefixTrainer,
     Sums,
@@ -45,6 +47,7 @@ class PolicyPair(NamedTuple):
     rejected_id: str
     chosen_token_ids: Sequence[int]
     rejected_token_ids: Sequence[int]
+    label_probability: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,29 +76,41 @@ class PolicyResult:
 class PolicyExample(Example):
     """Pairs of one prompt: branch numbers (chosen, rejected) of its row.
 
-    `reference_logps` are those of the branches, nats, summed over tokens.
+    `reference_logps` are those of the branches, nats, summed over tokens; `label_probabilities`
+    those of the pairs. With `has_target` the row's last branch is the prompt's fine-tuning target,
+    in no pair and without a reference log-prob.
     """
 
     response_ids: tuple[str, ...]
     pairs: tuple[tuple[int, int], ...]
     reference_logps: tuple[float, ...]
+    label_probabilities: tuple[float, ...]
+    has_target: bool = False
+
+
+class Side(NamedTuple):
+    """The chosen or the rejected responses of some pairs: summed log-probs and tokens, [pair]."""
+
+    policy: Tensor
+    reference: Tensor
+    num_tokens: Tensor
 
 
 class PolicyTrainer(PrefixTrainer[PolicyExample]):
     """A preference loss over pairs whose responses are branches of their prompt's row."""
 
-    pair_loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    loss: TrainPolicy
 
     def sums(self, model: PreTrainedModel, examples: Sequence[PolicyExample]) -> Sums:
         """The loss summed over pairs; `margin` (nats) is normalised by the reference policy."""
-        policy = torch.cat(branch_logps(model, self.collate(examples)))
-        reference = policy.new_tensor([r for e in examples for r in e.reference_logps])
-        chosen, rejected = _pair_index(examples, policy.device)
-        loss = self.pair_loss(
-            policy[chosen], policy[rejected], reference[chosen], reference[rejected]
-        )
-        gain = policy.detach() - reference
-        margin = gain[chosen] - gain[rejected]
+        rows = branch_logps(model, self.collate(examples))
+        sides, targets = _sides(examples, rows)
+        chosen, rejected = sides
+        loss = pair_losses(self.loss, chosen, rejected, _labels(examples, chosen.policy.device))
+        if self.loss.regularisation:
+            loss = loss + losses.regulariser(targets, regulariser_strength(self.loss))
+        gains = [side.policy.detach() - side.reference for side in sides]
+        margin = gains[0] - gains[1]
         hits = torch.where(margin == 0, 0.5, (margin > 0).float())
         return Sums(loss.sum(), {"accuracy": float(hits.sum()), "margin": float(margin.sum())})
 
@@ -112,24 +127,27 @@ def train_policy(
     work_directory: str,
     output_directory: str,
     evaluate: Evaluate | None = None,
+    targets: Mapping[str, str] | None = None,
     starts_as_reference: bool = True,
 ) -> PolicyResult:
     """Train the model at `init_directory` on `pairs` and write the best checkpoint.
 
     `reference_logps` maps (prompt_id, response_id) to the summed log-prob, nats, under the
-    reference policy. The loss of a step is the mean over its `batch_size` pairs. `evaluate` gives
+    reference policy, `targets` a prompt_id to its fine-tuning target (for `regularisation`). The
+    loss of a step is the mean over its `batch_size` pairs. `evaluate` gives
     the win rate of a model in evaluation mode; of `num_evaluations` evenly spaced checkpoints the
     one with the highest is written, the first of equals; without it, the last. Goes on from a
     checkpoint in `work_directory`.
 
     Raises:
-        UserError: no pairs, a missing reference log-prob, an empty response, or, where the policy
-            `starts_as_reference`, a response whose log-prob is not that of the reference.
+        UserError: no pairs, a missing reference log-prob or target, an empty response, or, where
+            the policy `starts_as_reference`, a response whose log-prob is not the reference's.
         TrainingDiverged: the loss is not finite.
     """
     _check(pairs, reference_logps)
+    wanted = _targets_of(pairs, targets or {}) if settings.regularisation else {}
     model, tokenizer = load(init_directory, compute)
-    rows = _Rows(pairs, reference_logps, tokenizer, templates)
+    rows = _Rows(pairs, reference_logps, wanted, tokenizer, templates)
     difference = None
     if starts_as_reference and last_checkpoint(Path(work_directory)) is None:
         examples = rows.build(range(len(pairs)))
@@ -151,7 +169,7 @@ def train_policy(
         work_directory=work_directory,
         what=WHAT,
     )
-    trainer.pair_loss = pair_loss(settings)
+    trainer.loss = settings
     selection = Selection(trainer, settings, compute, tokenizer, evaluate)
     trainer.add_callback(selection)
     training = trainer.run()
@@ -159,13 +177,34 @@ def train_policy(
     return PolicyResult(training, selection.evaluations, selected, difference)
 
 
-def pair_loss(settings: TrainPolicy) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The loss of (policy chosen, policy rejected, reference chosen, reference rejected) logps."""
+def pair_losses(
+    settings: TrainPolicy, chosen: Side, rejected: Side, label_probability: Tensor
+) -> Tensor:
+    """The loss of each pair [pair], softened where labels are; `label_probability` is [pair]."""
+    loss = _loss(settings, chosen, rejected)
+    if not (settings.soft_labels or settings.label_smoothing):
+        return loss
+    is_right = label_probability if settings.soft_labels else torch.ones_like(label_probability)
+    is_right = is_right + settings.label_smoothing * (1 - 2 * is_right)
+    return losses.soften(loss, _loss(settings, rejected, chosen), is_right)
+
+
+def _loss(settings: TrainPolicy, chosen: Side, rejected: Side) -> Tensor:
+    logps = (chosen.policy, rejected.policy)
+    reference = (chosen.reference, rejected.reference)
     if settings.loss == "sigmoid_norm":
-        return partial(losses.sigmoid_norm, gamma=settings.gamma)
+        return losses.sigmoid_norm(*logps, *reference, settings.gamma)
     if settings.loss == "hinge_norm":
-        return partial(losses.hinge_norm, gamma=settings.gamma)
-    return lambda chosen, rejected, *_: losses.hinge(chosen, rejected, settings.gamma)
+        return losses.hinge_norm(*logps, *reference, settings.gamma)
+    if settings.loss == "hinge":
+        return losses.hinge(*logps, settings.gamma)
+    assert settings.loss == "rrhf", settings.loss
+    return losses.rrhf(*logps, chosen.num_tokens, rejected.num_tokens)
+
+
+def regulariser_strength(settings: TrainPolicy) -> float:
+    """lambda, scaled by gamma where the loss is (eq. 1 and 9)."""
+    return settings.regularisation * (1.0 if settings.loss == "rrhf" else settings.gamma)
 
 
 @torch.no_grad()
@@ -187,8 +226,8 @@ def check_step_zero(
     for batch in micro_batches(examples, settings.token_budget):
         found = branch_logps(model, batch_of([e.row for e in batch], model, pad_id))
         for example, logps in zip(batch, found, strict=True):
-            for branch, logp in enumerate(logps.tolist()):
-                reference = example.reference_logps[branch]
+            known = zip(logps.tolist(), example.reference_logps, strict=not example.has_target)
+            for branch, (logp, reference) in enumerate(known):
                 difference = abs(logp - reference) / len(example.row.branches[branch])
                 if not difference <= worst:
                     worst = difference
@@ -283,6 +322,7 @@ class _Rows:
         self,
         pairs: Sequence[PolicyPair],
         reference_logps: ReferenceLogps,
+        targets: Mapping[str, str],
         tokenizer: PreTrainedTokenizerBase,
         templates: Templates,
     ) -> None:
@@ -290,6 +330,9 @@ class _Rows:
         self._pairs, self._reference = pairs, reference_logps
         texts = {pair.prompt_id: pair.prompt for pair in pairs}
         self._prompts = {i: encode_prompt(tokenizer, templates, t) for i, t in texts.items()}
+        self._targets = {
+            i: encode_response(tokenizer, templates, t, eos=True) for i, t in targets.items()
+        }
 
     def build(self, items: Sequence[int]) -> list[PolicyExample]:
         groups = by_prompt(items, self.prompt_ids)
@@ -303,23 +346,48 @@ class _Rows:
             responses.setdefault(pair.rejected_id, list(pair.rejected_token_ids))
         branch = {response_id: number for number, response_id in enumerate(responses)}
         sides = [(self._pairs[item].chosen_id, self._pairs[item].rejected_id) for item in group]
+        has_target = prompt_id in self._targets
+        target = [self._targets[prompt_id]] if has_target else []
         return PolicyExample(
             prompt_id=prompt_id,
-            row=Row(self._prompts[prompt_id], list(responses.values())),
+            row=Row(self._prompts[prompt_id], [*responses.values(), *target]),
             response_ids=tuple(responses),
             pairs=tuple((branch[chosen], branch[rejected]) for chosen, rejected in sides),
             reference_logps=tuple(self._reference[prompt_id, r] for r in responses),
+            label_probabilities=tuple(self._pairs[item].label_probability for item in group),
+            has_target=has_target,
         )
 
 
-def _pair_index(examples: Sequence[PolicyExample], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Positions of the chosen and of the rejected side of all pairs among all branches."""
-    chosen, rejected, offset = [], [], 0
+def _sides(
+    examples: Sequence[PolicyExample], rows: Sequence[Tensor]
+) -> tuple[tuple[Side, Side], Tensor]:
+    """Both sides of all pairs, and the log-prob of each pair's target [pair], if there are any.
+
+    `rows` are the summed log-probs of the branches of each example.
+    """
+    device = rows[0].device
+    policy = torch.cat(list(rows))
+    reference, num_tokens = [], []
+    chosen, rejected, target = [], [], []
+    offset = 0
     for example in examples:
         chosen += [offset + c for c, _ in example.pairs]
         rejected += [offset + r for _, r in example.pairs]
-        offset += len(example.response_ids)
-    return torch.tensor(chosen, device=device), torch.tensor(rejected, device=device)
+        branches = example.row.branches
+        offset += len(branches)
+        target += [offset - 1] * len(example.pairs)
+        num_tokens += [len(branch) for branch in branches]
+        reference += [*example.reference_logps, *([math.nan] * example.has_target)]
+    known = policy.new_tensor(reference)
+    sizes = policy.new_tensor(num_tokens)
+    index = [torch.tensor(places, device=device) for places in (chosen, rejected)]
+    first, second = (Side(policy[i], known[i], sizes[i]) for i in index)
+    return (first, second), policy[torch.tensor(target, device=device)]
+
+
+def _labels(examples: Sequence[PolicyExample], device: torch.device) -> Tensor:
+    return torch.tensor([p for e in examples for p in e.label_probabilities], device=device)
 
 
 def _check(pairs: Sequence[PolicyPair], reference_logps: ReferenceLogps) -> None:
@@ -340,3 +408,15 @@ def _check(pairs: Sequence[PolicyPair], reference_logps: ReferenceLogps) -> None
                     f"{where}: the reference log-prob is {'missing' if logp is None else logp},"
                     " expected a finite number; run logps on these pairs."
                 )
+
+
+def _targets_of(pairs: Sequence[PolicyPair], targets: Mapping[str, str]) -> dict[str, str]:
+    wanted = dict.fromkeys(pair.prompt_id for pair in pairs)
+    missing = [prompt_id for prompt_id in wanted if prompt_id not in targets]
+    if missing:
+        raise UserError(
+            f"{WHAT}: regularisation wants the fine-tuning target of every prompt, and"
+            f" {len(missing)} of {len(wanted)} have none, the first being {missing[0]}; give"
+            f" demonstrations for them, or set {WHAT}.regularisation to 0."
+        )
+    return {prompt_id: targets[prompt_id] for prompt_id in wanted}
