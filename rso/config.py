@@ -154,6 +154,9 @@ class TrainSft(Optimisation):
     """Supervised fine-tuning of the reference policy on demonstrations."""
 
     max_examples: Count | None = Field(None, description="Use at most so many; null for all.")
+    skip: bool = Field(
+        False, description="True where `model` is the SFT policy already: it becomes `reference`."
+    )
 
 
 class Sampling(Section):
@@ -188,7 +191,10 @@ class TrainRanker(Optimisation):
     """Training of a pairwise ranker."""
 
     init_from: str = Field(
-        REFERENCE, description="`reference` for the SFT policy, or a model source."
+        REFERENCE,
+        json_schema_extra=RUNTIME,
+        description="`reference` for the SFT policy, or a model source. Its content, not its name, "
+        "is part of the identity.",
     )
     folds: tuple[int, ...] = Field((0,), description="Prompt folds whose comparisons are used.")
     num_folds: Count = Field(2, description="Folds that the prompts are hashed into.")
@@ -208,6 +214,12 @@ class TrainGoldRanker(TrainRanker):
 class Decode(Section):
     """Candidates for statistical rejection sampling."""
 
+    policy: str = Field(
+        REFERENCE,
+        json_schema_extra=RUNTIME,
+        description="`reference`, or a model source to decode from: a later round's proposal. Its "
+        "content, not its name, is part of the identity.",
+    )
     engine: Engine = Field("auto", description="auto: vllm where it is installed.")
     num_samples: Count = Field(64, description="Candidates a prompt.")
     num_prompts: Count | None = Field(None, description="Training prompts used; null for all.")
@@ -344,8 +356,10 @@ class TrainPolicy(Optimisation):
 
     init_from: str = Field(
         REFERENCE,
+        json_schema_extra=RUNTIME,
         description="`reference`, or a model source to go on from, e.g. the policy folder of an "
-        "earlier round. The reference policy of the losses stays `reference`.",
+        "earlier round. The reference policy of the losses stays `reference`. Its content, not its "
+        "name, is part of the identity.",
     )
     loss: Literal["sigmoid_norm", "hinge", "hinge_norm", "rrhf", "cross_entropy"] = Field(
         "sigmoid_norm",

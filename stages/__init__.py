@@ -18,8 +18,9 @@ class Stage:
     `inputs` maps the name a stage uses to the `stage/output` it is read from. `sections` are the
     config sections the stage sees; all others are hidden from it and cannot change it.
     `settings` is the section that is this stage's own. `externals` names what comes from outside
-    the store: `sources` (raw files), `model` (the base model), `ranker_init`, or `objectives` (the
-    rankers that were not trained in this run).
+    the store: `sources` (raw files), `model` (the base model), `init` (what training starts from,
+    when it is not the reference), `proposal` (what `decode` draws from, likewise), or `objectives`
+    (the rankers that were not trained in this run).
     """
 
     name: str
@@ -39,13 +40,21 @@ def stages(config: Config) -> tuple[Stage, ...]:
     """Return the stages of the run that `config` describes, every stage after what it reads.
 
     With human comparisons `compare` is not there; with `pair.source: direct` nothing is decoded;
-    `targets` is there when `targets.method` names one.
+    `targets` is there when `targets.method` names one, and where the policy learns from them
+    (`train_policy.loss: cross_entropy`) there are no pairs.
 
     Raises:
-        UserError: targets or objectives are wanted where nothing is decoded.
+        UserError: targets or objectives are wanted where nothing is decoded, or the policy is to
+            learn from targets and there are none.
     """
     synthetic = config.comparisons.labeller is not None
-    direct = config.pair.source == "direct"
+    on_targets = config.train_policy.loss == "cross_entropy"
+    direct = config.pair.source == "direct" and not on_targets
+    if on_targets and config.targets.method == "none":
+        raise UserError(
+            "train_policy.loss: cross_entropy learns from the new targets of RAFT or ReST, and "
+            "targets.method is none; set targets.method to raft or rest, or choose another loss."
+        )
     if direct and config.targets.method != "none":
         raise UserError(
             f"targets.method: {config.targets.method} needs candidates and rewards, and with "
@@ -70,7 +79,7 @@ def stages(config: Config) -> tuple[Stage, ...]:
             ("ranker",),
             (*models, name),
             name,
-            ("ranker_init",),
+            ("init",),
         )
 
     reference = {"reference": "train_sft/reference"}
@@ -123,6 +132,7 @@ def stages(config: Config) -> tuple[Stage, ...]:
                 ("candidates",),
                 (*models, "decode"),
                 "decode",
+                ("proposal",),
             ),
             Stage(
                 "score",
@@ -133,15 +143,18 @@ def stages(config: Config) -> tuple[Stage, ...]:
                 "score",
                 objectives,
             ),
-            Stage(
-                "reject",
-                "reject",
-                {**candidates, "rewards": "score/rewards"},
-                ("accepted", "diagnostics"),
-                ("seed", "reject"),
-                "reject",
-            ),
         ]
+        if not on_targets:
+            table.append(
+                Stage(
+                    "reject",
+                    "reject",
+                    {**candidates, "rewards": "score/rewards"},
+                    ("accepted", "diagnostics"),
+                    ("seed", "reject"),
+                    "reject",
+                ),
+            )
         if config.targets.method != "none":
             table.append(
                 Stage(
@@ -159,38 +172,37 @@ def stages(config: Config) -> tuple[Stage, ...]:
             **candidates,
             **scored,
         }
+    learnt = {"demonstrations": "targets/demonstrations"}
+    if not on_targets:
+        table += [
+            Stage(
+                "pair",
+                "pair",
+                pair_inputs,
+                ("pairs",),
+                (*models, *ranking, "pair"),
+                "pair",
+                objectives,
+            ),
+            Stage(
+                "logps",
+                "logps",
+                {"pairs": "pair/pairs", **reference},
+                ("logps",),
+                (*models, "logps"),
+                "logps",
+            ),
+        ]
+        learnt = {"pairs": "pair/pairs", "logps": "logps/logps"}
     table += [
         Stage(
-            "pair",
-            "pair",
-            pair_inputs,
-            ("pairs",),
-            (*models, *ranking, "pair"),
-            "pair",
-            objectives,
-        ),
-        Stage(
-            "logps",
-            "logps",
-            {"pairs": "pair/pairs", **reference},
-            ("logps",),
-            (*models, "logps"),
-            "logps",
-        ),
-        Stage(
             "train_policy",
             "train_policy",
-            {
-                "pairs": "pair/pairs",
-                "logps": "logps/logps",
-                "prompts": "prepare/prompts",
-                **reference,
-                **scored,
-            },
+            {**learnt, "prompts": "prepare/prompts", **reference, **scored},
             ("policy",),
             (*models, *ranking, "train_policy"),
             "train_policy",
-            objectives,
+            (*objectives, "init"),
         ),
         Stage(
             "evaluate",

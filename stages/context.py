@@ -7,7 +7,8 @@ import pyarrow as pa
 
 from pipelines.shards import Counters, Dataset, Plan, ShardFunction, map_shards
 from rso.artifact import Artifact, Work
-from rso.config import Beam, Config
+from rso.config import REFERENCE, Beam, Config
+from rso.models import resolve
 from rso.parquet import num_shards, read_shard
 
 Curve = list[dict[str, float]]
@@ -43,6 +44,12 @@ class Context:
     def directory(self, name: str) -> str:
         """Return the folder of an input, e.g. a model directory."""
         return self.inputs[name].directory
+
+    def model(self, source: str) -> str:
+        """Return the folder of the model that a setting names: `reference`, or a model source."""
+        if source == REFERENCE:
+            return self.directory(REFERENCE)
+        return str(resolve(source).location)
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return a whole dataset input, shard after shard; only for what fits in memory."""

@@ -1,4 +1,4 @@
-"""Prompts to candidates: many responses a prompt from the reference policy."""
+"""Prompts to candidates: many responses a prompt from the reference policy, or a later one."""
 
 from pipelines.decode import DecodeShard, Decoding, longest_prompt
 from rso.decoding import Sampling
@@ -13,7 +13,7 @@ def run(context: Context) -> Outcome:
     prompt_ids = choose_prompts(context, "train", settings.num_prompts)
     decoding = Decoding(
         label="decode",
-        model=context.directory("reference"),
+        model=context.model(settings.policy),
         engine=settings.engine,
         compute=context.config.compute,
         templates=context.config.templates,
@@ -34,5 +34,5 @@ def _longest(context: Context, prompt_ids: list[str]) -> int:
     chosen = set(prompt_ids)
     prompts = context.table("prompts", ["prompt_id", "prompt"])
     texts = [row["prompt"] for row in prompts.to_pylist() if row["prompt_id"] in chosen]
-    tokenizer = load_tokenizer(context.directory("reference"))
+    tokenizer = load_tokenizer(context.model(context.config.decode.policy))
     return longest_prompt(tokenizer, context.config.templates, texts)

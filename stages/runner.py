@@ -17,7 +17,7 @@ from typing import Any, Literal
 from rso.allocator import keep_freed_memory
 from rso.artifact import Artifact, Store, digest_directory
 from rso.code_digest import CodeDigest, code_digest
-from rso.config import TRAINED, Config, identity
+from rso.config import REFERENCE, TRAINED, Config, identity
 from rso.errors import UserError
 from rso.fingerprint import fingerprint
 from rso.models import resolve as resolve_model
@@ -142,7 +142,7 @@ class Graph:
         )
 
     def _external(self, stage: Stage, name: str) -> Any:
-        key = f"{stage.name}/{name}" if name == "ranker_init" else name
+        key = f"{stage.name}/{name}" if name in ("init", "proposal") else name
         if key not in self._externals:
             self._externals[key] = self._resolve_external(stage, name)
         return self._externals[key]
@@ -160,9 +160,10 @@ class Graph:
                 for objective in self.config.score.rankers
                 if objective.ranker != TRAINED
             }
-        assert name == "ranker_init", name
-        init = getattr(self.config, stage.settings).init_from
-        return None if init == "reference" else resolve_model(init).identity
+        settings = getattr(self.config, stage.settings)
+        source = {"init": "init_from", "proposal": "policy"}[name]
+        given = getattr(settings, source)
+        return None if given == REFERENCE else resolve_model(given).identity
 
 
 def plan(graph: Graph, versions: Mapping[str, str] | None = None) -> list[Planned]:

@@ -1,9 +1,10 @@
-"""Pairs to the aligned policy; the checkpoint with the highest ranker win rate is kept."""
+"""Pairs or new targets to the aligned policy: the checkpoint with the highest win rate."""
 
 from collections.abc import Callable
 from typing import Any
 
 from pipelines.tables import select_ids
+from rso.config import REFERENCE
 from rso.decoding import Request, Sampling
 from rso.decoding.transformers_engine import TransformersDecoder
 from rso.errors import UserError
@@ -11,7 +12,13 @@ from rso.evaluation import POINTS, verdict_from_logit
 from rso.models import load_tokenizer
 from rso.ranking import Comparison
 from rso.templates import encode_prompt
-from rso.training.policy import PolicyPair, train_policy
+from rso.training.policy import (
+    PolicyPair,
+    PolicyResult,
+    train_policy,
+    train_policy_on_targets,
+)
+from rso.training.sft import Demonstration
 from stages.context import Context, Outcome
 from stages.prompts import choose_prompts
 from stages.rankers import ranker_of_run
@@ -20,24 +27,9 @@ FIELDS = PolicyPair._fields
 
 
 def run(context: Context) -> Outcome:
-    """Train from the reference on all pairs, checked at step 0 against the reference log-probs."""
-    config = context.config
-    logps = context.table("logps")
-    result = train_policy(
-        context.directory("reference"),
-        [
-            PolicyPair(**{name: row[name] for name in FIELDS})
-            for row in context.table("pairs").to_pylist()
-        ],
-        {(row["prompt_id"], row["response_id"]): row["logps"] for row in logps.to_pylist()},
-        config.train_policy,
-        config.compute,
-        config.templates,
-        seed=config.seed,
-        work_directory=context.work.scratch,
-        output_directory=context.work.output("policy"),
-        evaluate=_win_rate(context),
-    )
+    """Train on all pairs, or on new targets, and keep the best checkpoint."""
+    on_targets = context.config.train_policy.loss == "cross_entropy"
+    result = _on_targets(context) if on_targets else _on_pairs(context)
     counters = {
         "steps": result.training.num_steps,
         "tokens": result.training.num_tokens,
@@ -50,6 +42,50 @@ def run(context: Context) -> Outcome:
     return Outcome(
         counters,
         {"train_policy": result.training.curve, "train_policy_evaluations": evaluations},
+    )
+
+
+def _on_pairs(context: Context) -> PolicyResult:
+    """From the reference, checked at step 0 against its log-probs, or from another model."""
+    config = context.config
+    settings = config.train_policy
+    logps = context.table("logps")
+    prompts = context.table("prompts", ["prompt_id", "target"]).to_pylist()
+    return train_policy(
+        context.model(settings.init_from),
+        [
+            PolicyPair(**{name: row[name] for name in FIELDS})
+            for row in context.table("pairs").to_pylist()
+        ],
+        {(row["prompt_id"], row["response_id"]): row["logps"] for row in logps.to_pylist()},
+        settings,
+        config.compute,
+        config.templates,
+        seed=config.seed,
+        work_directory=context.work.scratch,
+        output_directory=context.work.output("policy"),
+        evaluate=_win_rate(context),
+        targets={row["prompt_id"]: row["target"] for row in prompts if row["target"] is not None},
+        starts_as_reference=settings.init_from == REFERENCE,
+    )
+
+
+def _on_targets(context: Context) -> PolicyResult:
+    config = context.config
+    return train_policy_on_targets(
+        context.model(config.train_policy.init_from),
+        [
+            Demonstration(row["prompt_id"], row["prompt"], row["target"])
+            for row in context.table("demonstrations").to_pylist()
+            if row["split"] == "train"
+        ],
+        config.train_policy,
+        config.compute,
+        config.templates,
+        seed=config.seed,
+        work_directory=context.work.scratch,
+        output_directory=context.work.output("policy"),
+        evaluate=_win_rate(context),
     )
 
 

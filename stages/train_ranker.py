@@ -3,7 +3,6 @@
 from rso import seeds
 from rso.config import TrainRanker
 from rso.errors import UserError
-from rso.models import resolve
 from rso.training.ranker import HeldOut, LabelledComparison, train_ranker
 from stages.context import Context, Outcome
 
@@ -26,9 +25,7 @@ def run(context: Context) -> Outcome:
             f"or change {context.stage}.folds."
         )
     result = train_ranker(
-        context.directory("reference")
-        if settings.init_from == "reference"
-        else str(resolve(settings.init_from).location),
+        context.model(settings.init_from),
         comparisons,
         settings,
         config.compute,

@@ -1,15 +1,25 @@
 """Demonstrations to the reference policy by supervised fine-tuning."""
 
-from rso.models import resolve
+from rso.models import resolve, save_model
+from rso.training.base import load, weights_dtype
 from rso.training.sft import Demonstration, train_sft
 from stages.context import Context, Outcome
 
 
 def run(context: Context) -> Outcome:
-    """Fine-tune the base model on the training demonstrations, every reference of a prompt one."""
+    """Fine-tune the base model on the training demonstrations, every reference of a prompt one.
+
+    Or, with `train_sft.skip`, write it as it is.
+    """
     config = context.config
+    location = str(resolve(config.model).location)
+    if config.train_sft.skip:
+        model, tokenizer = load(location, config.compute)
+        dtype = weights_dtype(config.compute)
+        save_model(model, tokenizer, context.work.output("reference"), dtype=dtype)
+        return Outcome({"steps": 0, "tokens": 0})
     result = train_sft(
-        str(resolve(config.model).location),
+        location,
         [
             Demonstration(row["prompt_id"], row["prompt"], row["target"])
             for row in context.table("demonstrations").to_pylist()

@@ -31,6 +31,7 @@ from rso.training.base import (
     load,
     weights_dtype,
 )
+from rso.training.sft import Demonstration, sft_trainer
 from rso.training.steps import Example, Steps, by_prompt, micro_batches, plan_steps
 
 WHAT = "train_policy"
@@ -177,6 +178,46 @@ def train_policy(
     return PolicyResult(training, selection.evaluations, selected, difference)
 
 
+def train_policy_on_targets(
+    init_directory: str,
+    rows: Sequence[Demonstration],
+    settings: TrainPolicy,
+    compute: Compute,
+    templates: Templates,
+    *,
+    seed: int,
+    work_directory: str,
+    output_directory: str,
+    evaluate: Evaluate | None = None,
+) -> PolicyResult:
+    """Fine-tune the model at `init_directory` on selected responses (RAFT, ReST; section 5).
+
+    The loss is that of `train_sft`, the checkpoint is chosen as in `train_policy`, and there is no
+    check at step 0, since no reference policy takes part.
+
+    Raises:
+        UserError: no rows, or settings that do not fit the model.
+        TrainingDiverged: the loss is not finite.
+    """
+    model, tokenizer = load(init_directory, compute)
+    trainer = sft_trainer(
+        model,
+        tokenizer,
+        rows,
+        settings,
+        compute,
+        templates,
+        seed=seed,
+        work_directory=work_directory,
+        what=WHAT,
+    )
+    selection = Selection(trainer, settings, compute, tokenizer, evaluate)
+    trainer.add_callback(selection)
+    training = trainer.run()
+    selected = selection.write(output_directory)
+    return PolicyResult(training, selection.evaluations, selected, None)
+
+
 def pair_losses(
     settings: TrainPolicy, chosen: Side, rejected: Side, label_probability: Tensor
 ) -> Tensor:
@@ -249,7 +290,7 @@ class Selection(TrainerCallback):
 
     def __init__(
         self,
-        trainer: PolicyTrainer,
+        trainer: PrefixTrainer[Any],
         settings: TrainPolicy,
         compute: Compute,
         tokenizer: PreTrainedTokenizerBase,

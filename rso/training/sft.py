@@ -1,18 +1,20 @@
-"""Supervised fine-tuning of the reference policy on demonstrations."""
+"""Supervised fine-tuning on demonstrations: of the reference policy, and of RAFT and ReST."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rso.config import Compute, Templates, TrainSft
+from rso.config import Compute, Optimisation, Templates, TrainSft
 from rso.errors import UserError
 from rso.models import save_model
 from rso.prefix import Row, branch_logps
 from rso.templates import encode_prompt, encode_response
 from rso.training.base import PrefixTrainer, Sums, TrainingResult, load, weights_dtype
 from rso.training.steps import Example, Steps, by_prompt, choose, plan_steps
+
+WHAT = "train_sft"
 
 
 class Demonstration(NamedTuple):
@@ -51,12 +53,44 @@ def train_sft(
         UserError: no examples, or settings that do not fit the model.
         TrainingDiverged: the loss is not finite.
     """
-    if not examples:
-        raise UserError("train_sft: no training demonstrations; check prepare's counts and splits.")
     rows = [Demonstration(*example) for example in examples]
-    chosen = choose([r.prompt_id for r in rows], settings.max_examples, ("train_sft", seed))
-    rows = [rows[i] for i in chosen]
+    chosen = choose([r.prompt_id for r in rows], settings.max_examples, (WHAT, seed))
     model, tokenizer = load(base_location, compute)
+    trainer = sft_trainer(
+        model,
+        tokenizer,
+        [rows[i] for i in chosen],
+        settings,
+        compute,
+        templates,
+        seed=seed,
+        work_directory=work_directory,
+        what=WHAT,
+    )
+    result = trainer.run()
+    save_model(model, tokenizer, output_directory, dtype=weights_dtype(compute))
+    return result
+
+
+def sft_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Demonstration],
+    settings: Optimisation,
+    compute: Compute,
+    templates: Templates,
+    *,
+    seed: int,
+    work_directory: str,
+    what: str,
+) -> SftTrainer:
+    """A trainer of `model` on `rows`; `what` names the stage in messages and keys its order.
+
+    Raises:
+        UserError: no rows, or settings that do not fit the model.
+    """
+    if not rows:
+        raise UserError(f"{what}: no training demonstrations; check the counts of what it reads.")
     prompt_ids = [r.prompt_id for r in rows]
     prompts = {r.prompt_id: encode_prompt(tokenizer, templates, r.prompt) for r in rows}
     targets = [encode_response(tokenizer, templates, r.target, eos=True) for r in rows]
@@ -68,10 +102,7 @@ def train_sft(
         ]
 
     plan = plan_steps(
-        prompt_ids,
-        batch_size=settings.batch_size,
-        epochs=settings.epochs,
-        key=("train_sft", seed),
+        prompt_ids, batch_size=settings.batch_size, epochs=settings.epochs, key=(what, seed)
     )
     steps = Steps(
         plan,
@@ -79,7 +110,7 @@ def train_sft(
         weigh=lambda items: sum(len(targets[i]) for i in items),
         token_budget=settings.token_budget,
     )
-    trainer = SftTrainer(
+    return SftTrainer(
         model,
         steps,
         settings=settings,
@@ -87,8 +118,5 @@ def train_sft(
         tokenizer=tokenizer,
         seed=seed,
         work_directory=work_directory,
-        what="train_sft",
+        what=what,
     )
-    result = trainer.run()
-    save_model(model, tokenizer, output_directory, dtype=weights_dtype(compute))
-    return result
