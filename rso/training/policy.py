@@ -82,8 +82,12 @@ class PolicyExample(Example):
 
 
 class PolicyTrainer(PrefixTrainer[PolicyExample]):
-    """A preference loss over pairs whose responses are branches of their prompt's row."""
+    """A preference loss over pairs whose responses are branches of their prompt's row.
 
+    Without dropout, since the reference log-probs that the policy is compared with have none.
+    """
+
+    has_dropout = False
     pair_loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
     def sums(self, model: PreTrainedModel, examples: Sequence[PolicyExample]) -> Sums:
