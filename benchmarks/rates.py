@@ -22,7 +22,7 @@ from rso.config import Config, load_config, resolve
 from rso.decoding import Request, Sampling
 from rso.decoding.transformers_engine import TransformersDecoder
 from rso.logps import response_logps
-from rso.models import load_causal, load_tokenizer, save_model
+from rso.models import load_model, load_tokenizer, save_model
 from rso.models import resolve as resolve_model
 from rso.prefix import Row
 from rso.templates import encode_prompt, encode_response
@@ -41,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         source = str(resolve_model(config.model).location)
         model = str(Path(directory, "model"))
-        save_model(load_causal(source, dtype="float32"), load_tokenizer(source), model)
+        save_model(load_model(source, dtype="float32"), load_tokenizer(source), model)
         report("training (train_sft)", training_rates(config, model, Path(directory)))
         inference_rates(config, model)
 
@@ -64,7 +64,7 @@ def training_rates(config: Config, model: str, directory: Path) -> list[float]:
 def inference_rates(config: Config, directory: str) -> None:
     """Report prefill with log-probabilities, and decoding of few and of many samples a prompt."""
     tokenizer = load_tokenizer(directory)
-    model = load_causal(directory, dtype=config.compute.dtype)
+    model = load_model(directory, dtype=config.compute.dtype)
     rows = [
         Row(
             encode_prompt(tokenizer, config.templates, row.prompt),

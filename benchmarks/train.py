@@ -141,12 +141,12 @@ def make_pairs(name: str, arguments: argparse.Namespace) -> None:
     import torch
 
     from rso.logps import response_logps
-    from rso.models import load_causal, load_tokenizer, resolve, save_model
+    from rso.models import load_model, load_tokenizer, resolve, save_model
     from rso.prefix import Row
 
     shape = SHAPES[name]
     location = resolve(arguments.model).location
-    model = load_causal(location, dtype="float32", device=arguments.device)
+    model = load_model(location, dtype="float32", device=arguments.device)
     tokenizer = load_tokenizer(location)
     save_model(model, tokenizer, arguments.directory / "model", dtype=torch.float32)
     draw = random.Random(0)

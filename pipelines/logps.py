@@ -10,14 +10,14 @@ from pipelines.shards import Shard
 from pipelines.tables import table_of
 from rso import config
 from rso.logps import response_logps
-from rso.models import load_causal, load_tokenizer
+from rso.models import load_model, load_tokenizer
 from rso.prefix import Row
 from rso.progress import progress
 from rso.templates import encode_prompt
 
 
 class Policy(NamedTuple):
-    """A loaded causal model and its tokenizer."""
+    """A loaded language model and its tokenizer."""
 
     model: Any
     tokenizer: Any
@@ -33,7 +33,7 @@ class PolicySource:
 
     def load(self) -> Policy:
         """Return the model, in evaluation mode, and its tokenizer."""
-        model = load_causal(
+        model = load_model(
             self.model,
             dtype=self.compute.dtype,
             device=self.compute.device,

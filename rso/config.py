@@ -139,7 +139,12 @@ class Optimisation(Section):
     batch_size: Count = Field(32, description="Examples, comparisons or pairs an optimiser step.")
     epochs: float = Field(1.0, gt=0, description="Passes over the data.")
     freeze_embeddings: bool = Field(False, description="Keep the token embeddings as they are.")
-    freeze_layers: int = Field(0, ge=0, description="Keep the lowest so many layers as they are.")
+    freeze_layers: int = Field(
+        0,
+        ge=0,
+        description="Keep the lowest so many layers as they are; of an encoder-decoder model, so "
+        "many of the encoder and so many of the decoder.",
+    )
     token_budget: Count = Field(
         2048, json_schema_extra=RUNTIME, description="Tokens a micro-batch."
     )

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import re
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ MODEL_SUFFIXES = (".json", ".safetensors", ".gguf", ".model", ".txt", ".jinja", 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 # Written by loaders and trainers; they say nothing about what the model computes.
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "name_or_path", "tokenizer_file")
+# Those whose positions and projection `rso.encoder_decoder` and `rso.prefix` follow.
+ENCODER_DECODER_TYPES = ("mt5", "t5")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
 
@@ -95,10 +98,10 @@ def resolve(source: str | ModelSource) -> ResolvedModel:
 
 
 def load_config(location: str | Path) -> "PreTrainedConfig":
-    """Return the configuration of the decoder-only model at `location`.
+    """Return the configuration of the model at `location`: decoder-only or of the T5 family.
 
     Raises:
-        UserError: there is none, or it is an encoder-decoder architecture.
+        UserError: there is none, or it is of another encoder-decoder architecture.
     """
     from transformers import AutoConfig
 
@@ -110,26 +113,23 @@ def load_config(location: str | Path) -> "PreTrainedConfig":
         )
     config: PreTrainedConfig = AutoConfig.from_pretrained(directory, gguf_file=gguf)
     if config.is_encoder_decoder:
-        raise UserError(
-            f"model {location}: found the encoder-decoder architecture {config.model_type!r}, "
-            "expected a decoder-only causal language model; choose one such as a Llama or a Qwen."
-        )
+        _check_encoder_decoder(location, config)
     return config
 
 
-def load_causal(
+def load_model(
     location: str | Path,
     *,
     dtype: "torch.dtype | str",
     device: "torch.device | str" = "cpu",
     attention: str = "sdpa",
 ) -> "PreTrainedModel":
-    """Return the causal model at `location` in evaluation mode, dense, in `dtype` on `device`.
+    """Return the language model at `location` in evaluation mode, dense, in `dtype` on `device`.
 
     Device `auto` is cuda where there is one.
 
     Raises:
-        UserError: no model is there, or it is no decoder-only model.
+        UserError: no model is there, or it is one that `load_config` refuses.
     """
     import torch
     import transformers
@@ -137,7 +137,8 @@ def load_causal(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     directory, gguf = _split(location)
-    options: dict[str, Any] = {"config": load_config(location)}
+    config = load_config(location)
+    options: dict[str, Any] = {"config": config}
     if gguf is not None:
         options["gguf_file"] = gguf
         # Releases with packed GGUF weights must be told that training and saving need dense ones.
@@ -145,9 +146,15 @@ def load_causal(
             options["quantization_config"] = transformers.GgufConfig(
                 gguf_file=gguf, dequantize=True
             )
+    is_encoder_decoder = config.is_encoder_decoder
+    auto = (
+        transformers.AutoModelForSeq2SeqLM
+        if is_encoder_decoder
+        else transformers.AutoModelForCausalLM
+    )
     # Typed loosely: transformers wraps `to` and `eval` in ways that type checkers misread.
     with _quiet():
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = auto.from_pretrained(
             directory, dtype=dtype, attn_implementation=attention, **options
         )
     _clear_quantisation(model)
@@ -195,9 +202,13 @@ def stop_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase
 def context_length(config: "PreTrainedConfig") -> int:
     """Return the longest sequence, in tokens, that the model was built for.
 
+    Encoder-decoder models have relative positions, for which no sequence is too long.
+
     Raises:
         UserError: the configuration does not say.
     """
+    if config.is_encoder_decoder:
+        return sys.maxsize
     length = getattr(config, "max_position_embeddings", None)
     if not isinstance(length, int):
         raise UserError(
@@ -229,6 +240,7 @@ def save_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=stop_token_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
     model.save_pretrained(directory, state_dict=_cast_state(model, target))
     # save_pretrained writes the dtype in memory, and loaders go by what the config says.
@@ -321,6 +333,20 @@ def _resolve_hub(source: ModelSource) -> ResolvedModel:
         ) from error
     # The hub cache names a snapshot's directory by its commit.
     return ResolvedModel({"commit": Path(location).name}, location)
+
+
+def _check_encoder_decoder(location: str | Path, config: "PreTrainedConfig") -> None:
+    if config.model_type not in ENCODER_DECODER_TYPES:
+        raise UserError(
+            f"model {location}: found the encoder-decoder architecture {config.model_type!r}, "
+            f"expected {' or '.join(ENCODER_DECODER_TYPES)}, or a decoder-only language model such "
+            "as a Llama or a Qwen; choose one of these."
+        )
+    if getattr(config, "decoder_start_token_id", None) is None:
+        raise UserError(
+            f"model {location}: config.json has no decoder_start_token_id, expected the token that "
+            "every response is decoded from; for T5 set it to pad_token_id."
+        )
 
 
 def _clear_quantisation(model: "PreTrainedModel") -> None:

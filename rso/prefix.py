@@ -3,6 +3,7 @@
 A row is `prefix + branch + branch + …`. Every branch attends to the prefix and to itself, with
 position ids that go on from the prefix, so each branch is computed as if it followed the prefix
 alone, and the prefix is computed once. A batch is rows one after another, without padding.
+How encoder-decoder models compute the same is in `encoder_decoder`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -117,7 +118,7 @@ def split_row(row: Row, max_tokens: int) -> list[Row]:
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return the last hidden states [T, H] in the model's dtype, without any logits.
+    """Return a decoder-only model's last hidden states [T, H] in its dtype, without any logits.
 
     Raises:
         ValueError: a sequence is longer than the model's context or sliding attention window.
@@ -136,10 +137,11 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 def branch_token_logps(model: PreTrainedModel, batch: Batch) -> list[list[Tensor]]:
     """Return, for each row and branch, the log-probs of its tokens: fp32 [tokens], nats.
 
-    The first token is predicted at the last position of the prefix. Differentiable; logits exist
-    only at positions that predict a branch token, a block at a time.
+    The first token is predicted at the last position of the prefix, or, with an encoder, at the
+    decoder's start token. Differentiable; logits exist only at positions that predict a branch
+    token, a block at a time.
     """
-    hidden = hidden_states(model, batch)
+    device = batch.input_ids.device
     source: list[int] = []
     target: list[int] = []
     sizes: list[int] = []
@@ -148,8 +150,13 @@ def branch_token_logps(model: PreTrainedModel, batch: Batch) -> list[list[Tensor
             source += [prefix_end - 1, *range(start, end - 1)]
             target += range(start, end)
             sizes.append(end - start)
-    picked = hidden[torch.tensor(source, device=hidden.device)]
-    tokens = batch.input_ids[0, torch.tensor(target, device=hidden.device)]
+    if model.config.is_encoder_decoder:
+        from rso import encoder_decoder
+
+        picked = encoder_decoder.response_states(model, batch)
+    else:
+        picked = hidden_states(model, batch)[torch.tensor(source, device=device)]
+    tokens = batch.input_ids[0, torch.tensor(target, device=device)]
     flat = iter(torch.split(_target_logps(model, picked, tokens), sizes))
     return [[next(flat) for _ in spans] for spans in batch.layout.branches]
 
@@ -165,15 +172,21 @@ def branch_logps(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
 def last_logits(model: PreTrainedModel, batch: Batch, token_ids: Sequence[int]) -> Tensor:
     """Return fp32 [branches, tokens]: logits of `token_ids` after the last token of each branch.
 
+    With an encoder, which reads prefix and branch, they are those of the decoder's first token.
     Branches come in order, row by row. Only these tokens are projected, in fp32: the difference of
     two bf16 logits would be a multiple of 0.06 or more. Differentiable.
     """
-    hidden = hidden_states(model, batch)
-    last = [end - 1 for spans in batch.layout.branches for _, end in spans]
-    picked = hidden[torch.tensor(last, device=hidden.device)].float()
+    device = batch.input_ids.device
+    if model.config.is_encoder_decoder:
+        from rso import encoder_decoder
+
+        picked = encoder_decoder.label_states(model, batch)
+    else:
+        last = [end - 1 for spans in batch.layout.branches for _, end in spans]
+        picked = hidden_states(model, batch)[torch.tensor(last, device=device)]
     head = _head(model)
-    index = torch.tensor(list(token_ids), device=hidden.device)
-    logits = picked @ head.weight[index].float().T
+    index = torch.tensor(list(token_ids), device=device)
+    logits = picked.float() @ head.weight[index].float().T
     if getattr(head, "bias", None) is not None:
         logits = logits + head.bias[index].float()
     return _final_logits(model, logits)
@@ -257,6 +270,9 @@ def _apply_blocks(
 def _final_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
     """Apply what some architectures do to their logits after the projection."""
     config = model.config
+    if getattr(config, "scale_decoder_outputs", False):
+        # T5 scales the states before a projection without bias, which is the same but for rounding.
+        logits = logits * config.d_model**-0.5
     scale = getattr(config, "logit_scale", None)
     if isinstance(scale, int | float):
         logits = logits * scale

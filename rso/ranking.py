@@ -68,7 +68,7 @@ class Ranker(Protocol):
 
 
 class TransformersRanker:
-    """A causal language model fine-tuned to say which slot holds the better response."""
+    """A language model fine-tuned to say which slot holds the better response."""
 
     def __init__(
         self, model: PreTrainedModel, encoder: RankerEncoder, *, token_budget: int = 4096
@@ -247,7 +247,7 @@ def load_ranker(
         UserError: model or tokenizer is missing, or a label is not one token of the tokenizer.
     """
     encoder = RankerEncoder(models.load_tokenizer(directory), templates)
-    model = models.load_causal(directory, dtype=dtype, device=device, attention=attention)
+    model = models.load_model(directory, dtype=dtype, device=device, attention=attention)
     return TransformersRanker(model, encoder, token_budget=token_budget)
 
 

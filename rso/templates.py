@@ -37,7 +37,8 @@ def encode_prompt(
     """Return the ids of the prompt in its template, one beginning-of-sequence token at most.
 
     Equal to tokenising the rendered template whole, except that special tokens written in the
-    prompt stay text.
+    prompt stay text; so a text template ends with T5's end-of-sequence token, and a chat template
+    with what it says itself.
 
     Raises:
         UserError: a template lacks {prompt}, or the tokenizer has no chat template.
@@ -46,7 +47,8 @@ def encode_prompt(
         before, after = _chat_frame(tokenizer, templates.instruction)
         return _encode_within(tokenizer, before, prompt, after)
     before, after = _frame("templates.prompt", templates.prompt, "prompt")
-    return _one_bos(tokenizer, _encode_within(tokenizer, before, prompt, after))
+    ids = _one_bos(tokenizer, _encode_within(tokenizer, before, prompt, after))
+    return _encoder_end(tokenizer, ids)
 
 
 def encode_response(
@@ -64,7 +66,8 @@ def encode_response(
 class RankerEncoder:
     """The pieces of a ranker's input; concatenated, they are the whole input.
 
-    context + side("A", y1) + side("B", y2) + suffix, with a label token as the target.
+    context + side("A", y1) + side("B", y2) + suffix, with a label token as the target. T5's suffix
+    has the end-of-sequence token that its encoder expects.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -76,7 +79,7 @@ class RankerEncoder:
         """Check labels and templates once, so that a mistake shows before any work."""
         object.__setattr__(self, "labels", label_ids(self.tokenizer, self.templates))
         suffix = _encode_template(self.tokenizer, self.templates.ranker_suffix)
-        object.__setattr__(self, "suffix", suffix)
+        object.__setattr__(self, "suffix", _encoder_end(self.tokenizer, suffix))
         self.context("x"), self.side("A", "x"), self.side("B", "x")
 
     def context(self, prompt: str) -> Context:
@@ -192,3 +195,14 @@ def _one_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     if bos is None or list(tokenizer("")["input_ids"])[:1] != [bos] or ids[:1] == [bos]:
         return ids
     return [bos, *ids]
+
+
+def _encoder_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Put the end-of-sequence token last where the tokenizer is an encoder's, and never twice.
+
+    T5's tokenizers end every text so and begin none; decoders' tokenizers that add anything begin
+    with it, be it the same token (OPT).
+    """
+    eos = tokenizer.eos_token_id
+    is_encoders = tokenizer.bos_token_id is None and list(tokenizer("")["input_ids"]) == [eos]
+    return [*ids, eos] if is_encoders and ids[-1:] != [eos] else ids

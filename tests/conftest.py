@@ -1,5 +1,6 @@
 """Tiny real models: two layers, width 32, random weights, a tokenizer trained here."""
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,10 +11,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import system
 from transformers import PreTrainedTokenizerBase
+
+from rso.config import Templates
 
 CORPUS = [
     "Return the sum of all the numbers in a list, or zero when the list is empty.",
@@ -109,6 +113,103 @@ def tiny_ranker_dir(
 
 
 @pytest.fixture(scope="session")
+def t5_tokenizer() -> PreTrainedTokenizerBase:
+    """Unigram as T5 has it: pad 0, EOS 1 (added by itself at the end), unknown 2, no BOS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import T5Tokenizer
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=220,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    # The pieces to keep are the likely ones: each word on its own is one.
+    tokenizer.train_from_iterator(
+        CORPUS + [word for text in CORPUS for word in text.split()], trainer
+    )
+    pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
+    return T5Tokenizer(vocab=[(piece, score) for piece, score in pieces], extra_ids=0)
+
+
+@pytest.fixture(scope="session")
+def make_t5(t5_tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
+    """Return a maker of tiny T5 directories: `make_t5(directory, seed=0, kind="t5", **config)`."""
+
+    def make(directory: Path, seed: int = 0, kind: str = "t5", **overrides: object) -> str:
+        import torch
+        from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+        settings: dict[str, object] = {
+            # More than tokens, as T5's own 32128.
+            "vocab_size": 256,
+            "d_model": 32,
+            "d_kv": 16,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 2,
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 16,
+            # Wide enough that random weights have opinions.
+            "initializer_factor": 1.0,
+            # Steps are compared with the plain computation, which draws no noise.
+            "dropout_rate": 0.0,
+            "pad_token_id": t5_tokenizer.pad_token_id,
+            "eos_token_id": t5_tokenizer.eos_token_id,
+            "decoder_start_token_id": t5_tokenizer.pad_token_id,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            config = AutoConfig.for_model(kind, **(settings | overrides))
+            model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
+        model.save_pretrained(directory)
+        t5_tokenizer.save_pretrained(directory)
+        return str(directory)
+
+    return make
+
+
+class Family(NamedTuple):
+    """Two tiny models of one architecture, with the tokenizer and templates that suit them."""
+
+    model_class: Any
+    policy: str
+    ranker: str
+    tokenizer: PreTrainedTokenizerBase
+    templates: Templates
+
+
+@pytest.fixture(scope="session")
+def families(
+    tiny_llama_dir: str,
+    tiny_ranker_dir: str,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    make_t5: Callable[..., str],
+    t5_tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Family]:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    policy = make_t5(tmp_path_factory.mktemp("tiny-t5"))
+    ranker = make_t5(tmp_path_factory.mktemp("tiny-t5-ranker"), seed=1)
+    text = Templates(prompt="{prompt}")
+    return {
+        "llama": Family(
+            AutoModelForCausalLM, tiny_llama_dir, tiny_ranker_dir, tiny_tokenizer, Templates()
+        ),
+        "t5": Family(AutoModelForSeq2SeqLM, policy, ranker, t5_tokenizer, text),
+    }
+
+
+@pytest.fixture(params=["llama", "t5"])
+def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
+    """A decoder-only and an encoder-decoder model, in turn."""
+    return families[request.param]
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tiny_llama_dir: str, tmp_path_factory: pytest.TempPathFactory) -> system.Run:
     """The config of a tiny run over an empty store of its own; sources as in `system`."""
     folder = tmp_path_factory.mktemp("tiny-run")
@@ -124,3 +225,18 @@ def finished(tiny_run: system.Run) -> system.Run:
     """The tiny run with every stage done; tests read it and change only copies."""
     system.run_all(tiny_run.config())
     return tiny_run
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Trainers whose `run` was called; it does nothing."""
+    from rso.training.base import PrefixTrainer, TrainingResult
+
+    trainers: list[Any] = []
+
+    def run(self: Any) -> TrainingResult:
+        trainers.append(self)
+        return TrainingResult(0, 0, 0.0, [])
+
+    monkeypatch.setattr(PrefixTrainer, "run", run)
+    return trainers

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BartConfig,
     GenerationConfig,
     PreTrainedTokenizerBase,
-    T5Config,
 )
 
 from rso import models
@@ -89,16 +89,16 @@ def test_tokenizer_without_eos_is_a_user_error(tiny_llama_dir: str, tmp_path: Pa
         models.load_tokenizer(copied)
 
 
-def test_encoder_decoder_is_a_user_error(tmp_path: Path) -> None:
-    T5Config(vocab_size=8, d_model=8, num_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="encoder-decoder architecture 't5'"):
-        models.load_causal(tmp_path, dtype=torch.float32)
+def test_encoder_decoder_of_another_family_is_a_user_error(tmp_path: Path) -> None:
+    BartConfig(vocab_size=8, d_model=8).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="encoder-decoder architecture 'bart', expected mt5 or t5"):
+        models.load_model(tmp_path, dtype=torch.float32)
 
 
 def test_save_model_opens_with_plain_transformers(
     tiny_llama_dir: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    model = models.load_causal(tiny_llama_dir, dtype=torch.float32)
+    model = models.load_model(tiny_llama_dir, dtype=torch.float32)
     model.generation_config.eos_token_id = [2, 7]
     models.save_model(model, tiny_tokenizer, tmp_path)
     assert model.dtype == torch.float32
@@ -118,10 +118,10 @@ def test_save_model_keeps_tied_weights_once(
 ) -> None:
     assert callable(make_llama)
     source = make_llama(tmp_path / "tied", tie_word_embeddings=True)
-    model = models.load_causal(source, dtype=torch.float32)
+    model = models.load_model(source, dtype=torch.float32)
     models.save_model(model, tiny_tokenizer, tmp_path / "saved", dtype=torch.float32)
     assert "lm_head.weight" not in load_file(tmp_path / "saved" / "model.safetensors")
-    opened = models.load_causal(tmp_path / "saved", dtype=torch.float32)
+    opened = models.load_model(tmp_path / "saved", dtype=torch.float32)
     ids = torch.tensor([[1, 20, 30]])
     torch.testing.assert_close(opened(ids).logits, model(ids).logits, rtol=0, atol=0)
 
@@ -175,9 +175,9 @@ def test_packaged_model_converts_and_stops(tmp_path: Path) -> None:
         "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     }
     tokenizer = models.load_tokenizer(resolved.location)
-    model = models.load_causal(resolved.location, dtype=torch.bfloat16)
+    model = models.load_model(resolved.location, dtype=torch.bfloat16)
     models.save_model(model, tokenizer, tmp_path)
-    saved = models.load_causal(tmp_path, dtype=torch.bfloat16)
+    saved = models.load_model(tmp_path, dtype=torch.bfloat16)
     opened = models.load_tokenizer(tmp_path)
     assert models.stop_token_ids(saved, opened) == [opened.convert_tokens_to_ids("<|im_end|>")]
     chat = [{"role": "user", "content": "What is 2+2?"}]

@@ -172,19 +172,6 @@ def assert_same_weights(first: Path, second: Path) -> None:
         assert torch.equal(ours[name], theirs[name]), name
 
 
-@pytest.fixture
-def captured(monkeypatch: pytest.MonkeyPatch) -> list[PrefixTrainer[Any]]:
-    """Trainers whose `run` was called; it does nothing."""
-    trainers: list[PrefixTrainer[Any]] = []
-
-    def run(self: PrefixTrainer[Any]) -> TrainingResult:
-        trainers.append(self)
-        return TrainingResult(0, 0, 0.0, [])
-
-    monkeypatch.setattr(PrefixTrainer, "run", run)
-    return trainers
-
-
 def gradients_of_first_step(trainer: PrefixTrainer[Any]) -> tuple[float, dict[str, Tensor]]:
     step = trainer.steps[0]
     assert len(step.micro_batches) > 1
@@ -202,7 +189,7 @@ def assert_step_equals(trainer: PrefixTrainer[Any], plain: Callable[[], Tensor])
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in trainer.network.named_parameters():
         scale = float(parameter.grad.abs().max())
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=2e-5 * scale)
 
 
 @given(

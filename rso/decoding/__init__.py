@@ -6,7 +6,7 @@ Importing this module imports neither torch nor vllm; an engine is imported by `
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rso.errors import UserError
 
@@ -134,6 +134,16 @@ def stop_token_ids(generation_config: object, tokenizer: object) -> frozenset[in
         if found is not None:
             return frozenset([found] if isinstance(found, int) else found)
     return frozenset()
+
+
+def refuse_encoder_decoder(config: Any) -> None:
+    """Raise `UserError` for a model configuration with an encoder, which no engine decodes yet."""
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"found the encoder-decoder architecture {config.model_type!r}, expected a decoder-only"
+            " model: no decoding engine takes an encoder yet. Such a model can be trained, rank and"
+            " compute logps; decode with a decoder-only one."
+        )
 
 
 def resolve_engine(engine: str) -> str:

@@ -34,6 +34,7 @@ from rso.decoding import (
     Request,
     Sampling,
     draws,
+    refuse_encoder_decoder,
     require_room,
     stop_token_ids,
 )
@@ -54,9 +55,9 @@ AttentionInterface.register(ATTENTION, attention)
 
 def load(directory: str, *, dtype: str = "bfloat16", device: str = "auto") -> "TransformersDecoder":
     """Return the decoder of a model directory on `device`, auto being cuda where there is one."""
-    from rso.models import load_causal, load_tokenizer
+    from rso.models import load_model, load_tokenizer
 
-    model = load_causal(directory, dtype=getattr(torch, dtype), device=device)
+    model = load_model(directory, dtype=getattr(torch, dtype), device=device)
     return TransformersDecoder(model, load_tokenizer(directory))
 
 
@@ -344,8 +345,7 @@ def _check_model(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     unknown = sorted(kinds - {"full_attention", "sliding_attention"})
-    if model.config.is_encoder_decoder:
-        unknown.append("encoder-decoder attention")
+    refuse_encoder_decoder(model.config)
     if getattr(config, "attn_logit_softcapping", None):
         unknown.append("attention soft-capping")
     if not model._can_set_attn_implementation():

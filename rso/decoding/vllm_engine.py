@@ -17,7 +17,15 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from rso import seeds
-from rso.decoding import Decoded, Progress, Request, Sampling, require_room, stop_token_ids
+from rso.decoding import (
+    Decoded,
+    Progress,
+    Request,
+    Sampling,
+    refuse_encoder_decoder,
+    require_room,
+    stop_token_ids,
+)
 from rso.errors import UserError
 
 ENVIRONMENT = {
@@ -46,6 +54,7 @@ class VllmDecoder:
     def __init__(
         self, directory: str, *, dtype: str = "bfloat16", max_model_len: int | None = None
     ) -> None:
+        refuse_encoder_decoder(AutoConfig.from_pretrained(directory))
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
         self._stop_ids = stop_token_ids(_generation_config(directory), self._tokenizer)
         self._lock = threading.Lock()

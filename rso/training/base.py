@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from rso.config import Compute, Optimisation
 from rso.errors import UserError
-from rso.models import load_causal, load_tokenizer
+from rso.models import load_model, load_tokenizer
 from rso.prefix import Batch, Row, collate
 from rso.progress import progress
 from rso.training.steps import ExampleT, Step, Steps
@@ -73,7 +73,12 @@ class Sums(NamedTuple):
 
 
 class PrefixTrainer(Trainer, Generic[ExampleT]):
-    """A `Trainer` over prepared steps of shared-prefix rows; subclasses give `sums`."""
+    """A `Trainer` over prepared steps of shared-prefix rows; subclasses give `sums`.
+
+    Dropout is as the model's configuration says, unless a subclass trains without.
+    """
+
+    has_dropout = True
 
     def __init__(
         self,
@@ -140,7 +145,7 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         self._started = time.monotonic()
         step: Step[ExampleT] = inputs["step"]
         self._current_ids = step.prompt_ids
-        model.train()
+        model.train(self.has_dropout)
         figures: dict[str, float] = {}
         losses = []
         with self._attention():
@@ -238,7 +243,7 @@ def load(location: str, compute: Compute) -> tuple[PreTrainedModel, PreTrainedTo
     # Bars of loading and saving would break into the bar of the training.
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(location)
-    model = load_causal(
+    model = load_model(
         location,
         dtype=weights_dtype(compute),
         device="cpu" if _on_cpu(compute) else "cuda",
@@ -253,17 +258,19 @@ def freeze(model: PreTrainedModel, settings: Optimisation, *, where: str) -> Non
     Raises:
         UserError: there are fewer layers than `freeze_layers`, or nothing is left to train.
     """
-    layers = model.get_decoder().layers
-    if settings.freeze_layers > len(layers):
+    stacks = _layers(model)
+    most = min(map(len, stacks))
+    if settings.freeze_layers > most:
         raise UserError(
-            f"{where}.freeze_layers is {settings.freeze_layers}, but the model has {len(layers)}"
-            f" layers; give a number from 0 to {len(layers)}."
+            f"{where}.freeze_layers is {settings.freeze_layers}, but the model has {most}"
+            f" layers; give a number from 0 to {most}."
         )
     model.requires_grad_(True)
     if settings.freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
-    for layer in layers[: settings.freeze_layers]:
-        layer.requires_grad_(False)
+    for layers in stacks:
+        for layer in layers[: settings.freeze_layers]:
+            layer.requires_grad_(False)
 
 
 def batch_of(rows: Sequence[Row], model: PreTrainedModel, pad_id: int) -> Batch:
@@ -302,12 +309,22 @@ def _on_cpu(compute: Compute) -> bool:
     return compute.device == "cpu" or not torch.cuda.is_available()
 
 
+def _layers(model: PreTrainedModel) -> list[nn.ModuleList]:
+    """Layers from the lowest: of the decoder, or of the encoder and of the decoder."""
+    if model.config.is_encoder_decoder:
+        return [model.get_encoder().block, model.get_decoder().block]
+    return [model.get_decoder().layers]
+
+
 def _autocast(model: PreTrainedModel) -> None:
-    """Let the decoder and the head compute in bfloat16.
+    """Let the decoder, the encoder where there is one, and the head compute in bfloat16.
 
     Not the whole step: the ranker projects on its two labels in float32 by the head's weights.
     """
-    for module in (model.get_decoder(), model.get_output_embeddings()):
+    modules = [model.get_decoder(), model.get_output_embeddings()]
+    if model.config.is_encoder_decoder:
+        modules.append(model.get_encoder())
+    for module in modules:
         module.forward = torch.autocast(model.device.type, torch.bfloat16)(module.forward)
 
 

@@ -98,8 +98,12 @@ class Side(NamedTuple):
 
 
 class PolicyTrainer(PrefixTrainer[PolicyExample]):
-    """A preference loss over pairs whose responses are branches of their prompt's row."""
+    """A preference loss over pairs whose responses are branches of their prompt's row.
 
+    Without dropout, since the reference log-probs that the policy is compared with have none.
+    """
+
+    has_dropout = False
     loss: TrainPolicy
 
     def sums(self, model: PreTrainedModel, examples: Sequence[PolicyExample]) -> Sums:
