@@ -117,6 +117,16 @@ class Compute(Section):
         description="branches: kernels that skip what shared-prefix rows mask; sdpa and eager: one "
         "dense mask, quadratic in the tokens of a batch.",
     )
+    num_processes: Count = Field(
+        1,
+        json_schema_extra=RUNTIME,
+        description="Processes of a training stage on this machine, by `accelerate launch`.",
+    )
+    accelerate_config: str | None = Field(
+        None,
+        json_schema_extra=RUNTIME,
+        description="File written by `accelerate config`, e.g. for FSDP or several machines.",
+    )
     device: str = Field(
         "auto",
         json_schema_extra=RUNTIME,
@@ -124,6 +134,21 @@ class Compute(Section):
     )
     token_budget: Count = Field(
         4096, json_schema_extra=RUNTIME, description="Tokens a forward pass."
+    )
+
+
+class Lora(Section):
+    """Low-rank adapters on the linear layers (Hu et al. 2021), by PEFT."""
+
+    rank: Count = Field(16, description="Rank of the update.")
+    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the update.")
+    modules: tuple[str, ...] = Field(
+        (), description="Names of adapted layers, e.g. q_proj; empty for all linear ones."
+    )
+    quantise: Literal["none", "nf4"] = Field(
+        "none",
+        description="nf4: frozen weights in 4 bits while training (QLoRA, by bitsandbytes).",
     )
 
 
@@ -145,8 +170,25 @@ class Optimisation(Section):
         description="Keep the lowest so many layers as they are; of an encoder-decoder model, so "
         "many of the encoder and so many of the decoder.",
     )
+    max_steps: Count | None = Field(
+        None, description="Stop after so many optimiser steps; null runs all epochs."
+    )
+    lora: Lora | None = Field(
+        None, description="Train low-rank adapters (PEFT), merged into what is written; null: all."
+    )
     token_budget: Count = Field(
         2048, json_schema_extra=RUNTIME, description="Tokens a micro-batch."
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        json_schema_extra=RUNTIME,
+        description="Compute activations again in the backward pass: less memory, more time.",
+    )
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (),
+        json_schema_extra=RUNTIME,
+        description="Where the curve is logged besides the manifest and the report; tensorboard "
+        "writes to $TENSORBOARD_LOGGING_DIR, by default logs/.",
     )
     checkpoint_steps: Count = Field(
         50,

@@ -123,13 +123,16 @@ def load_model(
     dtype: "torch.dtype | str",
     device: "torch.device | str" = "cpu",
     attention: str = "sdpa",
+    quantise: bool = False,
 ) -> "PreTrainedModel":
     """Return the language model at `location` in evaluation mode, dense, in `dtype` on `device`.
 
-    Device `auto` is cuda where there is one.
+    Device `auto` is cuda where there is one. With `quantise` linear layers are held in 4 bits
+    (NF4), for training adapters.
 
     Raises:
-        UserError: no model is there, or it is one that `load_config` refuses.
+        UserError: no model is there, it is one that `load_config` refuses, or bitsandbytes is
+            missing.
     """
     import torch
     import transformers
@@ -147,6 +150,8 @@ def load_model(
                 gguf_file=gguf, dequantize=True
             )
     is_encoder_decoder = config.is_encoder_decoder
+    if quantise:
+        options["quantization_config"] = _nf4(dtype)
     auto = (
         transformers.AutoModelForSeq2SeqLM
         if is_encoder_decoder
@@ -157,7 +162,8 @@ def load_model(
         model: Any = auto.from_pretrained(
             directory, dtype=dtype, attn_implementation=attention, **options
         )
-    _clear_quantisation(model)
+    if not quantise:
+        _clear_quantisation(model)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 
@@ -224,10 +230,12 @@ def save_model(
     directory: str | Path,
     *,
     dtype: "torch.dtype | None" = None,
+    state: "Mapping[str, torch.Tensor] | None" = None,
 ) -> None:
     """Write model, tokenizer, chat template and generation config into `directory`.
 
-    Weights are written in `dtype`, bfloat16 if None; the model in memory keeps its own. The
+    Weights (`state`, the model's own if None) are written in `dtype`, bfloat16 if None; the model
+    in memory keeps its own. The
     generation config holds token ids alone: how to sample is a setting of the run.
     """
     import torch
@@ -242,7 +250,7 @@ def save_model(
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
-    model.save_pretrained(directory, state_dict=_cast_state(model, target))
+    model.save_pretrained(directory, state_dict=_cast_state(state or model.state_dict(), target))
     # save_pretrained writes the dtype in memory, and loaders go by what the config says.
     config = copy.deepcopy(model.config)
     config.dtype = target
@@ -335,6 +343,23 @@ def _resolve_hub(source: ModelSource) -> ResolvedModel:
     return ResolvedModel({"commit": Path(location).name}, location)
 
 
+def _nf4(dtype: "torch.dtype | str") -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "lora.quantise: nf4 needs bitsandbytes, which is not installed; `pip install "
+            "bitsandbytes`, or set quantise to none."
+        )
+    from transformers import BitsAndBytesConfig
+
+    make: Any = BitsAndBytesConfig
+    return make(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
 def _check_encoder_decoder(location: str | Path, config: "PreTrainedConfig") -> None:
     if config.model_type not in ENCODER_DECODER_TYPES:
         raise UserError(
@@ -358,11 +383,13 @@ def _clear_quantisation(model: "PreTrainedModel") -> None:
         del model.config.quantization_config
 
 
-def _cast_state(model: "PreTrainedModel", dtype: "torch.dtype") -> "dict[str, torch.Tensor]":
+def _cast_state(
+    whole: "Mapping[str, torch.Tensor]", dtype: "torch.dtype"
+) -> "dict[str, torch.Tensor]":
     """Return the state in `dtype`; tied weights stay one tensor, or they would be saved twice."""
     cast: dict[int, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in whole.items():
         if tensor.is_floating_point():
             state[name] = cast.setdefault(tensor.data_ptr(), tensor.detach().to(dtype))
         else:

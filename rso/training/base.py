@@ -8,21 +8,25 @@ by autocast, which on a CPU took 0.7 of the time of bfloat16 weights with float3
 (SmolLM2-135M, 8 × 130 tokens, one core), and the model is written in bfloat16.
 """
 
+import errno
+import functools
+import importlib.util
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,16 +37,18 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
-from rso.config import Compute, Optimisation
+from rso.config import Compute, Lora, Optimisation
 from rso.errors import UserError
-from rso.models import load_model, load_tokenizer
+from rso.models import load_model, load_tokenizer, save_model
 from rso.prefix import Batch, Row, collate
 from rso.progress import progress
+from rso.training.adapters import add_adapters, is_adapted, merged_state
 from rso.training.steps import ExampleT, Step, Steps
 
 _STATE_FILE = "trainer_state.json"
 _PARTIAL = "partial"
 _SHOWN_IDS = 8
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class TrainingDiverged(UserError):
@@ -92,15 +98,16 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         work_directory: str,
         what: str,
     ) -> None:
-        freeze(model, settings, where=what)
-        model.float()
+        if not self.has_dropout:
+            _drop_nothing(model)
+        model = _trainable(model, settings, seed, where=what)
         if weights_dtype(compute) == torch.bfloat16:
             _autocast(model)
-        self._attention = partial(_attention, compute)
         arguments = _arguments(settings, compute, len(steps), seed, work_directory)
         self.steps, self.what, self.network = steps, what, model
-        self.pad_id = int(tokenizer.pad_token_id)
+        self.tokenizer, self.dtype = tokenizer, weights_dtype(compute)
         self.work_directory = Path(work_directory)
+        _answer_examples(model, self.sums)
         self._figures: dict[str, float] = {}
         self._started = time.monotonic()
         self._current_ids: list[str] = []
@@ -114,7 +121,7 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
 
     def collate(self, examples: Sequence[ExampleT]) -> Batch:
         """The rows of a micro-batch as tensors on the model's device."""
-        return batch_of([e.row for e in examples], self.network, self.pad_id)
+        return batch_of([e.row for e in examples], self.network)
 
     def run(self) -> TrainingResult:
         """Train, going on from the newest checkpoint in the work directory."""
@@ -145,21 +152,56 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         self._started = time.monotonic()
         step: Step[ExampleT] = inputs["step"]
         self._current_ids = step.prompt_ids
-        model.train(self.has_dropout)
-        figures: dict[str, float] = {}
-        losses = []
-        with self._attention():
-            for examples in step.micro_batches:
-                sums = self.sums(self.network, examples)
-                self.accelerator.backward(sums.loss / step.divisor)
-                losses.append(sums.loss.detach() / step.divisor)
-                for name, value in sums.figures.items():
-                    figures[name] = figures.get(name, 0.0) + value
-        total = torch.stack(losses)
-        self._check_finite(total.tolist(), step)
-        self._figures = {name: value / step.num_items for name, value in figures.items()}
+        model.train()
+        num_processes = self.accelerator.num_processes
+        share = step.share(self.accelerator.process_index, num_processes)
+        batches = [*share.micro_batches, *share.stand_ins]
+        losses, figures = [], Counter[str]()
+        for number, examples in enumerate(batches):
+            # Gradients meet once a step, with the last micro-batch.
+            is_last = number == len(batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                sums: Sums = model(examples=examples)
+                counts = number < len(share.micro_batches)
+                # Processes average their gradients, and ours are to be summed.
+                weight = counts * num_processes / step.divisor
+                self.accelerator.backward(sums.loss * weight)
+            if counts:
+                losses.append(float(sums.loss.detach()) / step.divisor)
+                figures.update(sums.figures)
+        total = self._summed({"loss": sum(losses), **figures}, step)
+        loss = total.pop("loss")
+        self._check_finite(loss, losses, step)
+        self._figures = {name: value / step.num_items for name, value in total.items()}
         self._figures |= {"num_items": step.num_items, "num_tokens": step.num_tokens}
-        return total.sum()
+        return torch.tensor(loss, device=self.args.device)
+
+    def _summed(self, figures: Mapping[str, float], step: Step[ExampleT]) -> dict[str, float]:
+        """Figures summed over processes; those of no row of this one are missing, so zero."""
+        if self.accelerator.num_processes == 1:
+            return dict(figures)
+        everyone = gather_object([dict(figures)])
+        return {
+            name: math.fsum(given.get(name, 0.0) for given in everyone)
+            for name in dict.fromkeys(name for given in everyone for name in given)
+        }
+
+    def get_train_dataloader(self) -> DataLoader[Step[ExampleT]]:
+        """The steps in order, all of them in every process."""
+        return DataLoader(self.steps, batch_size=1, shuffle=False, collate_fn=_only)
+
+    def write(self, directory: str | Path) -> None:
+        """Write the model as it is now, in its dtype; all processes call it, the first one writes.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        state = _whole_state(self.network, self.accelerator, self.model_wrapped)
+        if self.is_world_process_zero():
+            with _room_on_disk(directory, self.what):
+                model = _without_adapters(self.network)
+                save_model(model, self.tokenizer, directory, dtype=self.dtype, state=state)
+        self.accelerator.wait_for_everyone()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of the step to its entry in the history."""
@@ -177,10 +219,15 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
             raise self._diverged(f"the gradient's norm is {float(norm)}", self._current_ids)
         return norm
 
-    def _check_finite(self, losses: list[float], step: Step[ExampleT]) -> None:
-        for loss, examples in zip(losses, step.micro_batches, strict=True):
+    def _check_finite(self, total: float, losses: list[float], step: Step[ExampleT]) -> None:
+        if math.isfinite(total):
+            return
+        share = step.share(self.accelerator.process_index, self.accelerator.num_processes)
+        for loss, examples in zip(losses, share.micro_batches, strict=True):
             if not math.isfinite(loss):
                 raise self._diverged(f"the loss is {loss}", [e.prompt_id for e in examples])
+        # Another process has the batch; all stop at this step.
+        raise self._diverged(f"the loss is {total}", step.prompt_ids)
 
     def _diverged(self, found: str, prompt_ids: Sequence[str]) -> TrainingDiverged:
         shown = ", ".join(prompt_ids[:_SHOWN_IDS])
@@ -201,13 +248,19 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         So that a kill or a full disk at any moment leaves the newest whole checkpoint in place.
         """
         partial = self.work_directory / _PARTIAL
-        shutil.rmtree(partial, ignore_errors=True)
-        super()._save_checkpoint(model, trial)
+        if self.is_world_process_zero():
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with _room_on_disk(partial, self.what):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
         name = f"checkpoint-{self.state.global_step}"
-        os.replace(partial / name, self.work_directory / name)
-        for other in _checkpoints(self.work_directory):
-            if other.name != name:
-                shutil.rmtree(other)
+        if self.is_world_process_zero():
+            os.replace(partial / name, self.work_directory / name)
+            for other in _checkpoints(self.work_directory):
+                if other.name != name:
+                    shutil.rmtree(other)
+        self.accelerator.wait_for_everyone()
 
 
 class _Watch(TrainerCallback):
@@ -238,16 +291,23 @@ def weights_dtype(compute: Compute) -> torch.dtype:
     return torch.bfloat16 if compute.dtype == "bfloat16" else torch.float32
 
 
-def load(location: str, compute: Compute) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model at `location` in the type of `compute` on the training device; its tokenizer."""
+def load(
+    location: str, compute: Compute, lora: Lora | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model at `location` in the type of `compute` on the training device; its tokenizer.
+
+    In 4 bits where `lora` says so.
+    """
     # Bars of loading and saving would break into the bar of the training.
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(location)
     model = load_model(
         location,
         dtype=weights_dtype(compute),
-        device="cpu" if _on_cpu(compute) else "cuda",
+        # A process of several has its own GPU, which no library has chosen yet.
+        device="cpu" if _on_cpu(compute) else f"cuda:{os.environ.get('LOCAL_RANK', 0)}",
         attention=compute.attention,
+        quantise=lora is not None and lora.quantise != "none",
     )
     return model, tokenizer
 
@@ -273,7 +333,7 @@ def freeze(model: PreTrainedModel, settings: Optimisation, *, where: str) -> Non
             layer.requires_grad_(False)
 
 
-def batch_of(rows: Sequence[Row], model: PreTrainedModel, pad_id: int) -> Batch:
+def batch_of(rows: Sequence[Row], model: PreTrainedModel) -> Batch:
     """The rows as tensors on the device of `model`."""
     return collate(rows, device=model.device)
 
@@ -328,19 +388,88 @@ def _autocast(model: PreTrainedModel) -> None:
         module.forward = torch.autocast(model.device.type, torch.bfloat16)(module.forward)
 
 
-def _attention(compute: Compute) -> AbstractContextManager[None]:
-    """The choice of attention kernels for a training step.
+def _answer_examples(model: nn.Module, sums: Callable[..., Sums]) -> None:
+    """Make `model(examples=...)` compute `sums`, so that DDP and FSDP see a forward pass."""
+    forward = model.forward
 
-    Not the fused one in bfloat16 on a CPU: its backward pass took 41 ms where the plain one takes 4
-    (8 rows of 75 tokens, 9 heads of 64, 2 cores), a third of the whole step.
+    def answer(*args: Any, examples: Sequence[Any] | None = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if examples is None else sums(model, examples)
+
+    # Trainer reads the arguments of forward.
+    model.forward = functools.update_wrapper(answer, forward)
+
+
+def _drop_nothing(model: nn.Module) -> None:
+    """Switch dropout off and leave training mode on, which gradient checkpointing asks for."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _trainable(
+    model: PreTrainedModel, settings: Optimisation, seed: int, *, where: str
+) -> PreTrainedModel:
+    """`model` in float32 with its frozen parts, or with adapters that are all there is to train."""
+    if settings.lora is not None:
+        return add_adapters(model, settings, seed, where=where)
+    freeze(model, settings, where=where)
+    return model.float()
+
+
+def _whole_state(network: nn.Module, accelerator: Any, wrapped: nn.Module) -> dict[str, Tensor]:
+    """All weights, gathered where processes hold parts of them; adapters merged."""
+    if accelerator.num_processes > 1:
+        state: dict[str, Tensor] = accelerator.get_state_dict(wrapped)
+    else:
+        state = network.state_dict()
+    return merged_state(network, state) if is_adapted(network) else state
+
+
+def _without_adapters(network: Any) -> PreTrainedModel:
+    model: PreTrainedModel = network.get_base_model() if is_adapted(network) else network
+    return model
+
+
+@contextmanager
+def _room_on_disk(path: str | Path, what: str) -> Iterator[None]:
+    """Turn the failure of a full disk, which every library words in its own way, into a sentence.
+
+    Raises:
+        UserError: the disk is full.
     """
-    slow = _on_cpu(compute) and weights_dtype(compute) == torch.bfloat16
-    return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        words = str(error)
+        if number in _DISK_FULL or any(os.strerror(n) in words for n in _DISK_FULL):
+            free = shutil.disk_usage(Path(path).parent).free
+            raise UserError(
+                f"{what}: the disk is full: {path} could not be written ({words}),"
+                f" {free / 2**20:.0f} MiB are free. Nothing earlier was touched: make room and"
+                " run again, which goes on from the last checkpoint."
+            ) from error
+        raise
+
+
+def _check_reporters(settings: Optimisation) -> None:
+    # By default it would log into the work directory, which is gone when the stage is done.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", "logs")
+    missing = [name for name in settings.report_to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"report_to names {missing[0]}, which is not installed; `pip install {missing[0]}`, or"
+            " remove it. The curve is in the manifest and in the report either way."
+        )
 
 
 def _arguments(
     settings: Optimisation, compute: Compute, num_steps: int, seed: int, work_directory: str
 ) -> TrainingArguments:
+    _check_reporters(settings)
     optimisers = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
     schedules = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
     arguments = TrainingArguments(
@@ -359,7 +488,11 @@ def _arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to="none",
+        report_to=list(settings.report_to) or "none",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        # While the first process evaluates, the others wait.
+        ddp_timeout=7 * 24 * 3600,
         disable_tqdm=True,
         log_level="error",
         remove_unused_columns=False,

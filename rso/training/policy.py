@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from rso import losses
 from rso.config import Compute, Templates, TrainPolicy
 from rso.errors import UserError
-from rso.models import save_model
 from rso.prefix import Row, branch_logps
 from rso.templates import encode_prompt, encode_response
 from rso.training.base import (
@@ -29,7 +28,6 @@ from rso.training.base import (
     batch_of,
     last_checkpoint,
     load,
-    weights_dtype,
 )
 from rso.training.sft import Demonstration, sft_trainer
 from rso.training.steps import Example, Steps, by_prompt, micro_batches, plan_steps
@@ -151,16 +149,17 @@ def train_policy(
     """
     _check(pairs, reference_logps)
     wanted = _targets_of(pairs, targets or {}) if settings.regularisation else {}
-    model, tokenizer = load(init_directory, compute)
+    model, tokenizer = load(init_directory, compute, settings.lora)
     rows = _Rows(pairs, reference_logps, wanted, tokenizer, templates)
     difference = None
     if starts_as_reference and last_checkpoint(Path(work_directory)) is None:
         examples = rows.build(range(len(pairs)))
-        difference = check_step_zero(model, examples, settings, pad_id=tokenizer.pad_token_id)
+        difference = check_step_zero(model, examples, settings)
     plan = plan_steps(
         rows.prompt_ids,
         batch_size=settings.batch_size,
         epochs=settings.epochs,
+        max_steps=settings.max_steps,
         key=(WHAT, seed),
     )
     steps = Steps(plan, rows.build, weigh=len, token_budget=settings.token_budget)
@@ -175,7 +174,7 @@ def train_policy(
         what=WHAT,
     )
     trainer.loss = settings
-    selection = Selection(trainer, settings, compute, tokenizer, evaluate)
+    selection = Selection(trainer, settings, compute, evaluate)
     trainer.add_callback(selection)
     training = trainer.run()
     selected = selection.write(output_directory)
@@ -203,7 +202,7 @@ def train_policy_on_targets(
         UserError: no rows, or settings that do not fit the model.
         TrainingDiverged: the loss is not finite.
     """
-    model, tokenizer = load(init_directory, compute)
+    model, tokenizer = load(init_directory, compute, settings.lora)
     trainer = sft_trainer(
         model,
         tokenizer,
@@ -215,7 +214,7 @@ def train_policy_on_targets(
         work_directory=work_directory,
         what=WHAT,
     )
-    selection = Selection(trainer, settings, compute, tokenizer, evaluate)
+    selection = Selection(trainer, settings, compute, evaluate)
     trainer.add_callback(selection)
     training = trainer.run()
     selected = selection.write(output_directory)
@@ -257,8 +256,6 @@ def check_step_zero(
     model: PreTrainedModel,
     examples: Sequence[PolicyExample],
     settings: TrainPolicy,
-    *,
-    pad_id: int,
 ) -> float:
     """Largest |policy - reference| log-prob over all responses, nats a token, before training.
 
@@ -269,7 +266,7 @@ def check_step_zero(
     """
     worst, where = -1.0, ""
     for batch in micro_batches(examples, settings.token_budget):
-        found = branch_logps(model, batch_of([e.row for e in batch], model, pad_id))
+        found = branch_logps(model, batch_of([e.row for e in batch], model))
         for example, logps in zip(batch, found, strict=True):
             known = zip(logps.tolist(), example.reference_logps, strict=not example.has_target)
             for branch, (logp, reference) in enumerate(known):
@@ -297,10 +294,9 @@ class Selection(TrainerCallback):
         trainer: PrefixTrainer[Any],
         settings: TrainPolicy,
         compute: Compute,
-        tokenizer: PreTrainedTokenizerBase,
         evaluate: Evaluate | None,
     ) -> None:
-        self._trainer, self._evaluate, self._tokenizer = trainer, evaluate, tokenizer
+        self._trainer, self._evaluate = trainer, evaluate
         self._compute = compute
         self._directory = trainer.work_directory
         self._due = evaluation_steps(len(trainer.steps), settings.num_evaluations)
@@ -318,11 +314,17 @@ class Selection(TrainerCallback):
         if self._evaluate is None or step not in self._due - done:
             return
         written = self._directory / f"best-{step}"
-        self._save(written)
+        self._trainer.write(written)
+        if self._trainer.is_world_process_zero():
+            self._judge(step, written, self._evaluate)
+        self._trainer.accelerator.wait_for_everyone()
+        self.evaluations = self._read()
+
+    def _judge(self, step: int, written: Path, evaluate: Evaluate) -> None:
         model, _ = load(str(written), self._compute)
         # Decoding may draw random numbers; training must go on as if it had not.
         with torch.no_grad(), torch.random.fork_rng():
-            win_rate = self._evaluate(model)
+            win_rate = evaluate(model)
         self.evaluations.append(Evaluation(step, win_rate))
         self._write()
         for other in self._directory.glob("best-*"):
@@ -332,15 +334,13 @@ class Selection(TrainerCallback):
     def write(self, output_directory: str) -> int:
         """Write the kept model to `output_directory`; its step."""
         if self.best is None:
-            self._save(Path(output_directory))
+            self._trainer.write(output_directory)
             return len(self._trainer.steps)
-        kept = self._directory / f"best-{self.best.step}"
-        shutil.copytree(kept, output_directory, dirs_exist_ok=True)
+        if self._trainer.is_world_process_zero():
+            kept = self._directory / f"best-{self.best.step}"
+            shutil.copytree(kept, output_directory, dirs_exist_ok=True)
+        self._trainer.accelerator.wait_for_everyone()
         return self.best.step
-
-    def _save(self, directory: Path) -> None:
-        dtype = weights_dtype(self._compute)
-        save_model(self._trainer.network, self._tokenizer, directory, dtype=dtype)
 
     def _read(self) -> list[Evaluation]:
         path = self._directory / "evaluations.json"

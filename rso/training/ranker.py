@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from rso import seeds
 from rso.config import Compute, Templates, TrainRanker
 from rso.errors import UserError
-from rso.models import save_model
 from rso.prefix import Row, last_logits
 from rso.statistics import Interval, wilson
 from rso.templates import LabelIds, RankerEncoder
@@ -22,7 +21,6 @@ from rso.training.base import (
     TrainingResult,
     batch_of,
     load,
-    weights_dtype,
 )
 from rso.training.steps import Example, Steps, by_prompt, choose, micro_batches, plan_steps
 
@@ -83,7 +81,7 @@ class RankerTrainer(PrefixTrainer[RankerExample]):
 
     def sums(self, model: PreTrainedModel, examples: Sequence[RankerExample]) -> Sums:
         """-log sigmoid(margin) times the comparison's weight, summed over comparisons."""
-        z = margins(model, examples, self.label_ids, self.pad_id)
+        z = margins(model, examples, self.label_ids)
         weights = torch.tensor([w for e in examples for w in e.weights], device=z.device)
         loss = -(functional.logsigmoid(z) * weights).sum()
         return Sums(loss, {"accuracy": float(_hits(z).sum()), "margin": float(z.detach().sum())})
@@ -93,13 +91,12 @@ def margins(
     model: PreTrainedModel,
     examples: Sequence[RankerExample],
     label_ids: LabelIds,
-    pad_id: int,
 ) -> Tensor:
     """Margin of chosen over rejected [comparison], nats, fp32: the signed logit_A - logit_B.
 
     With both orders it is (z_AB - z_BA) / 2, in which a constant preference for a slot cancels.
     """
-    batch = batch_of([e.row for e in examples], model, pad_id)
+    batch = batch_of([e.row for e in examples], model)
     logits = last_logits(model, batch, label_ids)
     signs = torch.tensor([s for e in examples for s in e.signs], device=logits.device)
     signed = (logits[:, 0] - logits[:, 1]) * signs
@@ -142,13 +139,14 @@ def train_ranker(
         raise UserError(f"{what}: no training comparisons among {len(comparisons)}; check splits.")
     chosen = choose([c.prompt_id for c in training], settings.max_comparisons, (what, seed))
     training = [training[i] for i in chosen]
-    model, tokenizer = load(init_directory, compute)
+    model, tokenizer = load(init_directory, compute, settings.lora)
     encoder = RankerEncoder(tokenizer, templates)
     rows = _Rows(encoder, training, flip=(what, seed) if settings.orders == "flip" else None)
     plan = plan_steps(
         rows.prompt_ids,
         batch_size=settings.batch_size,
         epochs=settings.epochs,
+        max_steps=settings.max_steps,
         key=(what, seed),
     )
     steps = Steps(plan, rows.build, weigh=len, token_budget=settings.token_budget)
@@ -164,7 +162,7 @@ def train_ranker(
     )
     trainer.label_ids = encoder.labels
     result = trainer.run()
-    save_model(model, tokenizer, output_directory, dtype=weights_dtype(compute))
+    trainer.write(output_directory)
     held_out = None
     held_out_rows = _Rows(encoder, validation, flip=None)
     if validation:
@@ -249,7 +247,7 @@ def _held_out_margins(
 ) -> list[float]:
     found: dict[int, Tensor] = {}
     for batch in micro_batches(examples, token_budget):
-        z = margins(model, batch, trainer.label_ids, trainer.pad_id).cpu()
+        z = margins(model, batch, trainer.label_ids).cpu()
         for example, part in zip(
             batch, torch.split(z, [len(e.weights) for e in batch]), strict=True
         ):

@@ -8,10 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rso.config import Compute, Optimisation, Templates, TrainSft
 from rso.errors import UserError
-from rso.models import save_model
 from rso.prefix import Row, branch_logps
 from rso.templates import encode_prompt, encode_response
-from rso.training.base import PrefixTrainer, Sums, TrainingResult, load, weights_dtype
+from rso.training.base import PrefixTrainer, Sums, TrainingResult, load
 from rso.training.steps import Example, Steps, by_prompt, choose, plan_steps
 
 WHAT = "train_sft"
@@ -55,7 +54,7 @@ def train_sft(
     """
     rows = [Demonstration(*example) for example in examples]
     chosen = choose([r.prompt_id for r in rows], settings.max_examples, (WHAT, seed))
-    model, tokenizer = load(base_location, compute)
+    model, tokenizer = load(base_location, compute, settings.lora)
     trainer = sft_trainer(
         model,
         tokenizer,
@@ -68,7 +67,7 @@ def train_sft(
         what=WHAT,
     )
     result = trainer.run()
-    save_model(model, tokenizer, output_directory, dtype=weights_dtype(compute))
+    trainer.write(output_directory)
     return result
 
 
@@ -102,7 +101,11 @@ def sft_trainer(
         ]
 
     plan = plan_steps(
-        prompt_ids, batch_size=settings.batch_size, epochs=settings.epochs, key=(what, seed)
+        prompt_ids,
+        batch_size=settings.batch_size,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        key=(what, seed),
     )
     steps = Steps(
         plan,

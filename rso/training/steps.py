@@ -30,21 +30,49 @@ ExampleT = TypeVar("ExampleT", bound=Example)
 
 @dataclass(frozen=True)
 class Step(Generic[ExampleT]):
-    """One optimiser step. Its loss is the sum over all its micro-batches divided by `divisor`."""
+    """One optimiser step. Its loss is the sum over all its rows divided by `divisor`."""
 
-    micro_batches: list[list[ExampleT]]
+    examples: list[ExampleT]
     num_items: int
     divisor: float
+    token_budget: int
+
+    @property
+    def micro_batches(self) -> list[list[ExampleT]]:
+        """All rows, packed to the token budget, in the order of computation."""
+        return micro_batches(self.examples, self.token_budget)
+
+    def share(self, rank: int, num_processes: int) -> "Share[ExampleT]":
+        """The part of one of several processes: rows are dealt by length, then packed.
+
+        Every process gets as many micro-batches as the one with most, since they meet after each;
+        those that stand in for missing ones repeat rows and must not count.
+        """
+        longest = sorted(self.examples, key=lambda e: -e.row.num_tokens)
+        hands = [
+            micro_batches(longest[i::num_processes], self.token_budget)
+            for i in range(num_processes)
+        ]
+        missing = max(map(len, hands)) - len(hands[rank])
+        return Share(hands[rank], [[longest[0]]] * missing)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rows, shared prefixes once, padding not counted."""
-        return sum(e.row.num_tokens for batch in self.micro_batches for e in batch)
+        """Tokens of all rows, shared prefixes once."""
+        return sum(e.row.num_tokens for e in self.examples)
 
     @property
     def prompt_ids(self) -> list[str]:
-        """The prompts of the step, in the order of computation."""
-        return [e.prompt_id for batch in self.micro_batches for e in batch]
+        """The prompts of the step."""
+        return [e.prompt_id for e in self.examples]
+
+
+@dataclass(frozen=True)
+class Share(Generic[ExampleT]):
+    """What one process computes of a step: micro-batches that count, and such that do not."""
+
+    micro_batches: list[list[ExampleT]]
+    stand_ins: list[list[ExampleT]]
 
 
 class Steps(Dataset[Step[ExampleT]]):
@@ -70,21 +98,30 @@ class Steps(Dataset[Step[ExampleT]]):
 
     def __getitem__(self, index: int) -> Step[ExampleT]:
         items = self._plan[index]
-        batches = micro_batches(self._build(items), self._token_budget)
-        return Step(batches, num_items=len(items), divisor=self._weigh(items))
+        return Step(
+            self._build(items),
+            num_items=len(items),
+            divisor=self._weigh(items),
+            token_budget=self._token_budget,
+        )
 
     def __iter__(self) -> Iterator[Step[ExampleT]]:
         return (self[index] for index in range(len(self)))
 
 
 def plan_steps(
-    prompt_ids: Sequence[str], *, batch_size: int, epochs: float, key: Sequence[str | int]
+    prompt_ids: Sequence[str],
+    *,
+    batch_size: int,
+    epochs: float,
+    key: Sequence[str | int],
+    max_steps: int | None = None,
 ) -> list[list[int]]:
     """Item indices of every optimiser step; `prompt_ids` names the prompt of each item.
 
     Every epoch has its own random order of the prompts, which depends on `key`, the epoch and the
     ids alone; a part of an epoch takes the first items of its order. Within a prompt items keep
-    their order.
+    their order. Of all steps the first `max_steps` are left.
     """
     by_prompt: dict[str, list[int]] = {}
     for item, prompt_id in enumerate(prompt_ids):
@@ -98,7 +135,8 @@ def plan_steps(
         sequence += [item for prompt in order for item in by_prompt[unique[prompt]]]
         epoch += 1
     sequence = sequence[:num_items]
-    return [sequence[i : i + batch_size] for i in range(0, num_items, batch_size)]
+    steps = [sequence[i : i + batch_size] for i in range(0, num_items, batch_size)]
+    return steps[:max_steps]
 
 
 def choose(prompt_ids: Sequence[str], limit: int | None, key: Sequence[str | int]) -> list[int]:
@@ -120,6 +158,6 @@ def by_prompt(items: Sequence[int], prompt_ids: Sequence[str]) -> list[tuple[str
 
 
 def micro_batches(examples: Sequence[ExampleT], token_budget: int) -> list[list[ExampleT]]:
-    """The examples in batches of at most `token_budget` padded tokens each."""
+    """The examples in batches of at most `token_budget` tokens each."""
     batches = plan_batches([e.row.num_tokens for e in examples], token_budget)
     return [[examples[i] for i in batch] for batch in batches]

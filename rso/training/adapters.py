@@ -1,0 +1,81 @@
+"""Low-rank adapters by PEFT, and whole weights with the adapters merged."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rso.config import Optimisation
+from rso.errors import UserError
+
+ALL_LINEAR = "all-linear"
+_PREFIX = "base_model.model."
+
+
+def add_adapters(model: PreTrainedModel, settings: Optimisation, seed: int, *, where: str) -> Any:
+    """`model` with adapters as `settings.lora` says, which alone are trained, in float32.
+
+    They begin as `seed` says, with an update of zero.
+
+    Raises:
+        UserError: parts are to be frozen too, or no layer has one of the names.
+    """
+    lora = settings.lora
+    assert lora is not None
+    if settings.freeze_layers or settings.freeze_embeddings:
+        raise UserError(
+            f"{where}: lora trains adapters alone, so everything else is frozen already; remove"
+            f" {where}.freeze_layers and freeze_embeddings, or lora."
+        )
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.modules) or ALL_LINEAR,
+    )
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            adapted: Any = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"{where}.lora.modules: {', '.join(lora.modules) or ALL_LINEAR} fits no layer of the"
+            f" model ({error}); name its linear layers, e.g. q_proj, or leave it empty for all."
+        ) from error
+    if lora.quantise == "none":
+        adapted.float()
+    return adapted
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `model` carries adapters."""
+    return isinstance(model, PeftModel)
+
+
+def merged_state(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the model under the adapters, each adapter's update added; names as there.
+
+    `state` is the whole state of the adapted model. Nothing in memory is changed: merging in place
+    and taking it out again would leave rounding behind.
+    """
+    merged = {
+        name.removeprefix(_PREFIX).replace(".base_layer.", "."): tensor
+        for name, tensor in state.items()
+        if ".lora_" not in name and not _is_quantisation_state(name)
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            place = f"{name.removeprefix(_PREFIX)}.weight"
+            base: Any = module.get_base_layer()
+            weight = dequantize_module_weight(base).float()
+            merged[place] = weight + module.get_delta_weight(model.active_adapter).float()
+    return merged
+
+
+def _is_quantisation_state(name: str) -> bool:
+    return any(part in name for part in (".absmax", ".quant_map", ".nested_", ".quant_state"))
