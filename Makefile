@@ -50,7 +50,8 @@ format: $(READY)  ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) $(DATA)  ## run every script in benchmarks/
+bench: $(READY) $(DATA)  ## run every script in benchmarks/, about an hour
+	@$(BIN)/python -m pip install -qq --no-deps -r requirements/bench.txt
 	@for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
 

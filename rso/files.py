@@ -16,7 +16,7 @@ from rso.errors import UserError
 
 MANIFEST = "manifest.json"
 
-_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 _REFUSED = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST))
 
 
@@ -33,7 +33,7 @@ def writing(where: str) -> Iterator[None]:
         if isinstance(error, StoreError):
             raise
         reason = error.strerror or str(error) or type(error).__name__
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise StoreError(
                 f"store {where} is full ({reason}): free space, or set `store` to another place; "
                 "finished work is kept and the next run goes on from it."

@@ -1,5 +1,6 @@
 """Progress bars for work of more than two seconds, quiet when nobody looks at a terminal."""
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -16,13 +17,15 @@ class progress:
         self._done = 0
         self._started = time.monotonic()
         self._bar: Any = None
+        # Of several processes of one training the first one shows what all of them do.
+        self._is_seen = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
     def advance(self, count: int = 1) -> None:
         """Count `count` more units as done and redraw."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif sys.stderr.isatty() and time.monotonic() - self._started > QUIET_SECONDS:
+        elif self._is_seen and time.monotonic() - self._started > QUIET_SECONDS:
             from tqdm import tqdm
 
             self._bar = tqdm(

@@ -73,6 +73,16 @@ class StageSummary:
 
 
 @dataclass(frozen=True)
+class HeldOutRanker:
+    """A ranker on held-out comparisons, in bins of its margin and of the difference in length."""
+
+    stage: str
+    by_margin: Sequence[Row]
+    by_length: Sequence[Row]
+    advice: str | None = None
+
+
+@dataclass(frozen=True)
 class Curve:
     """A training curve: points of (optimiser step, value)."""
 
@@ -132,6 +142,7 @@ class ReportData:
     stages: Sequence[StageSummary] = ()
     curves: Sequence[Curve] = ()
     rejection: Rejection | None = None
+    rankers: Sequence[HeldOutRanker] = ()
     quarantine: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: str = ""

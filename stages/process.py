@@ -63,8 +63,14 @@ def die_with_parent() -> None:
     started this process must live as long as the parent; a parent gone already ends us at once.
     """
     parent = os.environ.get("RSO_PARENT")
-    if parent is None or not sys.platform.startswith("linux"):
+    if parent is not None:
+        die_with(int(parent))
+
+
+def die_with(parent: int) -> None:
+    """As `die_with_parent`, for the parent with this process id."""
+    if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):
+    if os.getppid() != parent:
         os._exit(1)

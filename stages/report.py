@@ -6,10 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rso import length_bias
 from rso.artifact import Artifact
 from rso.diagnostics import advice
 from rso.manifest import Manifest
-from rso.report import Curve, ReportData, build, pick_examples, rejection_summary, stage_summary
+from rso.report import (
+    Curve,
+    HeldOutRanker,
+    ReportData,
+    build,
+    pick_examples,
+    rejection_summary,
+    stage_summary,
+)
 from stages.context import Context, Outcome
 
 # The figure of each training curve that the report draws.
@@ -40,6 +49,7 @@ def run(context: Context) -> Outcome:
         )
         if accepted is not None
         else None,
+        rankers=list(_rankers(artifacts)),
         quarantine=Counter(
             row["reason"] for row in context.table("prepare/quarantine").to_pylist()
         ),
@@ -73,6 +83,18 @@ def _artifacts(context: Context) -> dict[str, Artifact]:
     return found
 
 
+def _rankers(artifacts: dict[str, Artifact]) -> Iterator[HeldOutRanker]:
+    for name, artifact in artifacts.items():
+        curves = artifact.manifest.curves
+        if f"{name}_by_length" in curves:
+            yield HeldOutRanker(
+                stage=name,
+                by_margin=curves[f"{name}_by_margin"],
+                by_length=curves[f"{name}_by_length"],
+                advice=length_bias.advice(name, dict(artifact.manifest.counters)),
+            )
+
+
 def _sampling(manifest: Manifest) -> dict[str, Any]:
     beta, points = manifest.config["reject"]["beta"], manifest.curves["betas"]
     return {"beta": beta, "points": points, "advice": advice(points, manifest.counters, beta)}
@@ -82,6 +104,6 @@ def _curves(artifacts: dict[str, Artifact]) -> Iterator[Curve]:
     for artifact in artifacts.values():
         for stage, points in artifact.manifest.curves.items():
             for metric, name in METRICS.items():
-                drawn = [(p["step"], p[metric]) for p in points if metric in p]
+                drawn = [(p["step"], p[metric]) for p in points if {"step", metric} <= p.keys()]
                 if drawn:
                     yield Curve(stage, name, drawn)

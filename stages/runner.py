@@ -226,6 +226,7 @@ def _run(
     graph: Graph, stage: Stage, recipe: Recipe, work: Work, given: Mapping[str, str]
 ) -> Artifact:
     from stages.context import Context, Input
+    from stages.launch import TRAINING, run_on_processes
 
     inputs = {}
     for name, feed in stage.inputs.items():
@@ -245,7 +246,10 @@ def _run(
     )
     keep_freed_memory()
     started = time.monotonic()
-    outcome = importlib.import_module(f"stages.{stage.module}").run(context)
+    if stage.module in TRAINING and graph.config.compute.num_processes > 1:
+        outcome = run_on_processes(stage, graph.config, inputs, work)
+    else:
+        outcome = importlib.import_module(f"stages.{stage.module}").run(context)
     return work.commit(
         inputs=dict(recipe.inputs),
         externals=dict(recipe.externals),

@@ -1,6 +1,7 @@
 """Pairs or new targets to the aligned policy: the checkpoint with the highest win rate."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from pipelines.tables import select_ids
@@ -107,11 +108,13 @@ def _win_rate(context: Context) -> Callable[[Any], float]:
         for row in rows
     ]
     greedy = Sampling(temperature=0.0, top_k=0, max_new_tokens=config.train_policy.max_new_tokens)
-    ranker = ranker_of_run(context).load()
+    source = ranker_of_run(context)
+    # Once, and by the process that evaluates alone.
+    load = cache(source.load)
 
     def win_rate(model: Any) -> float:
         decoded = TransformersDecoder(model, tokenizer).decode(requests, greedy, seed=config.seed)
-        logits = ranker.preference(
+        logits = load().preference(
             [
                 Comparison(row["prompt"], responses[0].text, row["target"])
                 for row, responses in zip(rows, decoded, strict=True)

@@ -90,3 +90,30 @@ def test_sft_policy_that_exists_becomes_the_reference(finished: system.Run, tmp_
     expected = load_file(given / "model.safetensors")
     assert written.keys() == expected.keys()
     assert all((written[name] == expected[name]).all() for name in expected)
+
+
+def test_stages_train_on_two_processes_to_the_same_curves(
+    finished: system.Run, tmp_path: Path
+) -> None:
+    """`compute.num_processes` is no identity: forced, a stage gives the artifact it gave before."""
+    run = finished.copy(tmp_path / "store")
+    two = "compute.num_processes=2"
+    assert set(system.statuses(run, two).values()) == {"cached"}
+    for stage in ("train_sft", "train_policy"):
+        before = run.artifact(stage).manifest
+        ran = run_stage(run.graph(two), stage, force=True)
+        assert not ran.is_cached
+        for name, curve in before.curves.items():
+            for ours, theirs in zip(ran.artifact.manifest.curves[name], curve, strict=True):
+                for figure in ours.keys() & {"loss", "margin", "num_tokens"}:
+                    assert ours[figure] == pytest.approx(theirs[figure], rel=1e-3, abs=1e-3)
+        assert ran.artifact.manifest.counters["tokens"] == before.counters["tokens"]
+
+
+def test_mistake_found_by_one_of_two_processes_is_a_sentence(
+    finished: system.Run, tmp_path: Path
+) -> None:
+    run = finished.copy(tmp_path / "store")
+    changes = ("compute.num_processes=2", "train_sft.freeze_layers=9")
+    with pytest.raises(UserError, match=r"train_sft.freeze_layers is 9, but the model has 2"):
+        run_stage(run.graph(*changes), "train_sft")

@@ -1,5 +1,6 @@
 """Training: exact steps, the same gradients as plain computation, resuming, stopping, learning."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -18,17 +19,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from rso import length_bias
 from rso.config import Compute, Templates, TrainPolicy, TrainRanker, TrainSft
 from rso.errors import UserError
 from rso.templates import RankerEncoder, encode_prompt, encode_response
 from rso.training.base import PrefixTrainer, TrainingDiverged, TrainingResult, last_checkpoint
-from rso.training.policy import (
-    PolicyPair,
-    PolicyResult,
-    evaluation_steps,
-    train_policy,
-)
-from rso.training.ranker import LabelledComparison, train_ranker
+from rso.training.policy import PolicyPair, PolicyResult, train_policy
+from rso.training.ranker import LabelledComparison, judge, train_ranker
+from rso.training.selection import evaluation_steps
 from rso.training.sft import Demonstration, train_sft
 from rso.training.steps import choose, plan_steps
 
@@ -511,6 +509,98 @@ def test_ranker_learns_a_planted_preference(tiny_ranker_dir: str, tmp_path: Path
     assert held_out.chosen_shorter.value >= 0.75
     assert result.training.curve[-1]["accuracy"] >= 0.9
     assert result.num_truncated == 0
+
+
+def planted(chosen_lengths: Sequence[int], rejected_lengths: Sequence[int]) -> Any:
+    """Comparisons of texts of such lengths, judged by a ranker that likes length alone."""
+    rows = [
+        LabelledComparison(f"p{i}", f"c{i}", "x", "a" * c, "b" * r, 1.0, "validation")
+        for i, (c, r) in enumerate(zip(chosen_lengths, rejected_lengths, strict=True))
+    ]
+    return judge(rows, [0.1 * (len(row.chosen) - len(row.rejected)) for row in rows])
+
+
+def test_ranker_that_only_likes_length_is_shown_to() -> None:
+    held_out = planted([*range(10, 50), *range(10, 30)], [*([9] * 40), *([60] * 20)])
+    assert held_out.accuracy.value == pytest.approx(2 / 3)
+    assert [b.accuracy.value for b in held_out.by_length] == [0.0, 1.0, 1.0, 1.0]
+    assert held_out.by_length[0].high < 0 < held_out.by_length[1].low
+    counters = {
+        f"accuracy_where_chosen_is_{side}{edge}": getattr(interval, attribute)
+        for side, interval in (
+            ("longer", held_out.chosen_longer),
+            ("shorter", held_out.chosen_shorter),
+        )
+        for edge, attribute in (("", "value"), ("_low", "low"), ("_high", "high"))
+    }
+    sentence = length_bias.advice("train_ranker", counters)
+    assert sentence is not None and "100% where the chosen text is the longer one" in sentence
+    counters["accuracy_where_chosen_is_shorter_high"] = 0.6
+    assert length_bias.advice("train_ranker", counters) is None
+    assert length_bias.advice("train_ranker", {}) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=80))
+def test_bins_hold_every_comparison_once_and_equal_values_together(lengths) -> None:
+    held_out = planted([c for c, _ in lengths], [r for _, r in lengths])
+    excess = sorted(c - r for c, r in lengths)
+    for bins, values in (
+        (held_out.by_length, excess),
+        (held_out.by_margin, sorted(0.1 * abs(e) for e in excess)),
+    ):
+        assert sum(b.accuracy.n for b in bins) == len(lengths)
+        for b in bins:
+            inside = [v for v in values if b.low - 1e-9 <= v <= b.high + 1e-9]
+            assert len(inside) == b.accuracy.n
+        assert all(a.high < b.low for a, b in itertools.pairwise(bins))
+
+
+def test_ranker_stops_early_and_keeps_its_best_checkpoint(
+    tiny_ranker_dir: str, tmp_path: Path
+) -> None:
+    """A rate so high that accuracy is soon at its best; patience 2 ends it two evaluations on."""
+    changes: dict[str, Any] = {"epochs": 8, "num_evaluations": 10, "patience": 2}
+    result = run_ranker(tiny_ranker_dir, tmp_path / "a", **changes)
+    keys = [(e["accuracy"], -e["held_out_loss"]) for e in result.evaluations]
+    best = max(range(len(keys)), key=lambda i: (keys[i], -i))
+    assert result.selected_step == result.evaluations[best]["step"]
+    assert result.held_out.accuracy.value == result.evaluations[best]["accuracy"]
+    stopped = len(keys) < 10
+    assert stopped == (len(keys) - 1 - best == 2)
+    assert result.training.num_steps == result.evaluations[-1]["step"]
+    # Interrupted between evaluations it stops at the same step with the same weights.
+    script = KILLED_WHILE_SAVING.format(
+        tests=str(Path(__file__).parent), base=tiny_ranker_dir, directory=str(tmp_path / "b")
+    )
+    given = f"checkpoint_steps=2, **{changes}"
+    script = script.replace("run_sft", "run_ranker").replace("**test_training.INTERRUPTED", given)
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, timeout=300).returncode == -signal.SIGKILL
+    again = run_ranker(tiny_ranker_dir, tmp_path / "b", checkpoint_steps=2, **changes)
+    assert again.evaluations == result.evaluations
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_evaluations_without_held_out_comparisons_are_refused(
+    tiny_ranker_dir: str, tmp_path: Path
+) -> None:
+    rows = [c for c in comparisons() if c.split == "train"]
+    with pytest.raises(UserError, match="no comparison is held out"):
+        train_ranker(
+            tiny_ranker_dir,
+            rows,
+            settings(TrainRanker, num_evaluations=3),
+            FP32,
+            TEMPLATES,
+            seed=0,
+            work_directory=str(tmp_path / "work"),
+            output_directory=str(tmp_path / "model"),
+        )
+
+
+def test_patience_that_could_never_stop_is_refused() -> None:
+    with pytest.raises(ValueError, match="raise num_evaluations"):
+        TrainRanker(patience=3, num_evaluations=3)
 
 
 def test_policy_raises_the_margin(

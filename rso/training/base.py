@@ -8,7 +8,6 @@ by autocast, which on a CPU took 0.7 of the time of bfloat16 weights with float3
 (SmolLM2-135M, 8 × 130 tokens, one core), and the model is written in bfloat16.
 """
 
-import errno
 import functools
 import importlib.util
 import json
@@ -39,6 +38,7 @@ from transformers.utils import logging
 
 from rso.config import Compute, Lora, Optimisation
 from rso.errors import UserError
+from rso.files import FULL
 from rso.models import load_model, load_tokenizer, save_model
 from rso.prefix import Batch, Row, collate
 from rso.progress import progress
@@ -48,7 +48,6 @@ from rso.training.steps import ExampleT, Step, Steps
 _STATE_FILE = "trainer_state.json"
 _PARTIAL = "partial"
 _SHOWN_IDS = 8
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class TrainingDiverged(UserError):
@@ -133,7 +132,7 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         curve = [entry for entry in self.state.log_history if "loss" in entry]
         return TrainingResult(
             num_steps=self.state.global_step,
-            num_tokens=total,
+            num_tokens=round(sum(entry["num_tokens"] for entry in curve)),
             seconds=sum(entry["seconds"] for entry in curve),
             curve=curve,
         )
@@ -445,7 +444,7 @@ def _room_on_disk(path: str | Path, what: str) -> Iterator[None]:
     except Exception as error:
         number = getattr(error, "errno", None)
         words = str(error)
-        if number in _DISK_FULL or any(os.strerror(n) in words for n in _DISK_FULL):
+        if number in FULL or any(os.strerror(n) in words for n in FULL):
             free = shutil.disk_usage(Path(path).parent).free
             raise UserError(
                 f"{what}: the disk is full: {path} could not be written ({words}),"

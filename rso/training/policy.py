@@ -3,18 +3,15 @@
 The checkpoint with the highest win rate is kept, whatever the loss.
 """
 
-import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rso import losses
 from rso.config import Compute, Templates, TrainPolicy
@@ -29,6 +26,7 @@ from rso.training.base import (
     last_checkpoint,
     load,
 )
+from rso.training.selection import Figures, Selection
 from rso.training.sft import Demonstration, sft_trainer
 from rso.training.steps import Example, Steps, by_prompt, micro_batches, plan_steps
 
@@ -174,11 +172,8 @@ def train_policy(
         what=WHAT,
     )
     trainer.loss = settings
-    selection = Selection(trainer, settings, compute, evaluate)
-    trainer.add_callback(selection)
-    training = trainer.run()
-    selected = selection.write(output_directory)
-    return PolicyResult(training, selection.evaluations, selected, difference)
+    selection = _selection(trainer, settings, compute, evaluate)
+    return _result(trainer.run(), selection, output_directory, difference)
 
 
 def train_policy_on_targets(
@@ -214,11 +209,8 @@ def train_policy_on_targets(
         work_directory=work_directory,
         what=WHAT,
     )
-    selection = Selection(trainer, settings, compute, evaluate)
-    trainer.add_callback(selection)
-    training = trainer.run()
-    selected = selection.write(output_directory)
-    return PolicyResult(training, selection.evaluations, selected, None)
+    selection = _selection(trainer, settings, compute, evaluate)
+    return _result(trainer.run(), selection, output_directory, None)
 
 
 def pair_losses(
@@ -286,78 +278,33 @@ def check_step_zero(
     return worst
 
 
-class Selection(TrainerCallback):
-    """Keeps the checkpoint with the highest win rate, over interruptions too."""
+def _selection(
+    trainer: PrefixTrainer[Any],
+    settings: TrainPolicy,
+    compute: Compute,
+    evaluate: Evaluate | None,
+) -> Selection:
+    def figures(model: PreTrainedModel) -> Figures:
+        assert evaluate is not None
+        return {"win_rate": evaluate(model)}
 
-    def __init__(
-        self,
-        trainer: PrefixTrainer[Any],
-        settings: TrainPolicy,
-        compute: Compute,
-        evaluate: Evaluate | None,
-    ) -> None:
-        self._trainer, self._evaluate = trainer, evaluate
-        self._compute = compute
-        self._directory = trainer.work_directory
-        self._due = evaluation_steps(len(trainer.steps), settings.num_evaluations)
-        self.evaluations = self._read() if evaluate else []
-
-    @property
-    def best(self) -> Evaluation | None:
-        """The highest win rate so far, the first of equals."""
-        return max(self.evaluations, key=lambda e: (e.win_rate, -e.step), default=None)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate the model as it would be written, and write it where it is the best so far."""
-        step = state.global_step
-        done = {e.step for e in self.evaluations}
-        if self._evaluate is None or step not in self._due - done:
-            return
-        written = self._directory / f"best-{step}"
-        self._trainer.write(written)
-        if self._trainer.is_world_process_zero():
-            self._judge(step, written, self._evaluate)
-        self._trainer.accelerator.wait_for_everyone()
-        self.evaluations = self._read()
-
-    def _judge(self, step: int, written: Path, evaluate: Evaluate) -> None:
-        model, _ = load(str(written), self._compute)
-        # Decoding may draw random numbers; training must go on as if it had not.
-        with torch.no_grad(), torch.random.fork_rng():
-            win_rate = evaluate(model)
-        self.evaluations.append(Evaluation(step, win_rate))
-        self._write()
-        for other in self._directory.glob("best-*"):
-            if self.best and other.name != f"best-{self.best.step}":
-                shutil.rmtree(other)
-
-    def write(self, output_directory: str) -> int:
-        """Write the kept model to `output_directory`; its step."""
-        if self.best is None:
-            self._trainer.write(output_directory)
-            return len(self._trainer.steps)
-        if self._trainer.is_world_process_zero():
-            kept = self._directory / f"best-{self.best.step}"
-            shutil.copytree(kept, output_directory, dirs_exist_ok=True)
-        self._trainer.accelerator.wait_for_everyone()
-        return self.best.step
-
-    def _read(self) -> list[Evaluation]:
-        path = self._directory / "evaluations.json"
-        if not path.exists():
-            return []
-        return [Evaluation(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-
-    def _write(self) -> None:
-        path = self._directory / "evaluations.json"
-        aside = path.with_suffix(".partial")
-        aside.write_text(json.dumps([asdict(e) for e in self.evaluations]), encoding="utf-8")
-        os.replace(aside, path)
+    selection = Selection(
+        trainer,
+        compute,
+        num_evaluations=settings.num_evaluations,
+        evaluate=figures if evaluate else None,
+        rank=lambda found: (found["win_rate"],),
+    )
+    trainer.add_callback(selection)
+    return selection
 
 
-def evaluation_steps(num_steps: int, num_evaluations: int) -> set[int]:
-    """Evenly spaced steps, from 1, the last one among them."""
-    return {math.ceil(i * num_steps / num_evaluations) for i in range(1, num_evaluations + 1)}
+def _result(
+    training: TrainingResult, selection: Selection, output_directory: str, difference: float | None
+) -> PolicyResult:
+    selected = selection.write(output_directory)
+    evaluations = [Evaluation(int(e["step"]), e["win_rate"]) for e in selection.evaluations]
+    return PolicyResult(training, evaluations, selected, difference)
 
 
 class _Rows:

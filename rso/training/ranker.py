@@ -1,7 +1,9 @@
 """Training of the pairwise ranker on comparisons."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,11 @@ from rso.training.base import (
     batch_of,
     load,
 )
+from rso.training.selection import Figures, Selection
 from rso.training.steps import Example, Steps, by_prompt, choose, micro_batches, plan_steps
+
+# Fewer than so many comparisons tell nothing of a bin.
+_LEAST_IN_A_BIN, _MOST_BINS = 12, 4
 
 
 class LabelledComparison(NamedTuple):
@@ -41,6 +47,9 @@ class LabelledComparison(NamedTuple):
 class HeldOut:
     """The ranker on validation comparisons; a margin of exactly zero counts one half.
 
+    `by_margin` and `by_length` are in bins: by the ranker's own |margin|, nats, and by how many
+    characters the chosen text has more than the rejected one.
+
     `longer` is the accuracy of preferring the text with more characters. `chosen_longer` and
     `chosen_shorter` are the ranker's accuracy where the chosen text is the longer or the shorter
     one; a ranker that only likes length has nearly 1 and 0 there.
@@ -51,15 +60,36 @@ class HeldOut:
     chosen_longer: Interval | None
     chosen_shorter: Interval | None
     mean_loss: float
+    by_margin: tuple["Bin", ...]
+    by_length: tuple["Bin", ...]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Accuracy on the comparisons whose value lies in [low, high].
+
+    `probability` is what the ranker gave its own preference, on average: where it exceeds the
+    accuracy the ranker is too sure.
+    """
+
+    low: float
+    high: float
+    accuracy: Interval
+    probability: float
 
 
 @dataclass(frozen=True)
 class RankerResult:
-    """How the training went and how good the ranker is; `held_out` is None without validation."""
+    """How the training went and how good the ranker is; `held_out` is None without validation.
+
+    `evaluations` are those that chose the checkpoint: step, accuracy and loss on validation.
+    """
 
     training: TrainingResult
     held_out: HeldOut | None
     num_truncated: int
+    evaluations: list[Figures]
+    selected_step: int
 
 
 @dataclass(frozen=True)
@@ -126,7 +156,9 @@ def train_ranker(
 
     Comparisons whose split is `train` are learnt, those of `validation` are held out, others are
     left alone. `what` names the stage in messages and keys its randomness. The loss of a step is
-    the sum of its weighted losses over its `batch_size` comparisons. Goes on from a checkpoint in
+    the sum of its weighted losses over its `batch_size` comparisons. With several
+    `num_evaluations` the checkpoint with the highest held-out accuracy is written, of equals the
+    one with the lowest loss, and `patience` may stop before the end. Goes on from a checkpoint in
     `work_directory`.
 
     Raises:
@@ -137,6 +169,11 @@ def train_ranker(
     validation = [c for c in comparisons if c.split == "validation"]
     if not training:
         raise UserError(f"{what}: no training comparisons among {len(comparisons)}; check splits.")
+    if settings.num_evaluations > 1 and not validation:
+        raise UserError(
+            f"{what}.num_evaluations is {settings.num_evaluations}, and no comparison is held out"
+            " to evaluate on; put some into the validation split, or set it to 1."
+        )
     chosen = choose([c.prompt_id for c in training], settings.max_comparisons, (what, seed))
     training = [training[i] for i in chosen]
     model, tokenizer = load(init_directory, compute, settings.lora)
@@ -161,16 +198,35 @@ def train_ranker(
         what=what,
     )
     trainer.label_ids = encoder.labels
-    result = trainer.run()
-    trainer.write(output_directory)
-    held_out = None
     held_out_rows = _Rows(encoder, validation, flip=None)
-    if validation:
-        examples = held_out_rows.build(range(len(validation)))
-        written, _ = load(output_directory, compute)
-        z = _held_out_margins(written, examples, trainer, compute.token_budget)
-        held_out = judge(validation, z)
-    return RankerResult(result, held_out, rows.num_truncated + held_out_rows.num_truncated)
+    examples = held_out_rows.build(range(len(validation)))
+
+    def evaluate(model: PreTrainedModel) -> HeldOut:
+        return judge(validation, _held_out_margins(model, examples, trainer, compute.token_budget))
+
+    def figures(model: PreTrainedModel) -> Figures:
+        held_out = evaluate(model)
+        return {"accuracy": held_out.accuracy.value, "held_out_loss": held_out.mean_loss}
+
+    selection = Selection(
+        trainer,
+        compute,
+        num_evaluations=settings.num_evaluations,
+        evaluate=figures if settings.num_evaluations > 1 else None,
+        rank=lambda found: (found["accuracy"], -found["held_out_loss"]),
+        patience=settings.patience,
+    )
+    trainer.add_callback(selection)
+    result = trainer.run()
+    selected = selection.write(output_directory)
+    held_out = evaluate(load(output_directory, compute)[0]) if validation else None
+    return RankerResult(
+        result,
+        held_out,
+        rows.num_truncated + held_out_rows.num_truncated,
+        selection.evaluations,
+        selected,
+    )
 
 
 def judge(comparisons: Sequence[LabelledComparison], margins: Sequence[float]) -> HeldOut:
@@ -183,7 +239,40 @@ def judge(comparisons: Sequence[LabelledComparison], margins: Sequence[float]) -
         chosen_longer=_accuracy([h for h, e in zip(hits, excess, strict=True) if e > 0]),
         chosen_shorter=_accuracy([h for h, e in zip(hits, excess, strict=True) if e < 0]),
         mean_loss=float(-functional.logsigmoid(torch.tensor(margins)).mean()),
+        by_margin=_bins([abs(z) for z in margins], hits, margins),
+        by_length=_bins(excess, hits, margins),
     )
+
+
+def _bins(
+    values: Sequence[float], hits: Sequence[float], margins: Sequence[float]
+) -> tuple[Bin, ...]:
+    """Every comparison in one bin; below, at and above zero apart, equal values together."""
+    bins = []
+    for sign in (-1, 0, 1):
+        order = sorted(
+            (i for i, v in enumerate(values) if (v > 0) - (v < 0) == sign), key=lambda i: values[i]
+        )
+        num_bins = max(1, min(_MOST_BINS, len(order) // _LEAST_IN_A_BIN))
+        sorted_values = [values[i] for i in order]
+        # A bin begins where a new value does.
+        starts = {
+            bisect_left(sorted_values, sorted_values[len(order) * k // num_bins])
+            for k in range(num_bins)
+            if order
+        }
+        for first, last in pairwise([*sorted(starts), len(order)]):
+            inside = order[first:last]
+            sure = torch.tensor([margins[i] for i in inside]).abs().sigmoid()
+            bins.append(
+                Bin(
+                    float(values[inside[0]]),
+                    float(values[inside[-1]]),
+                    wilson(sum(hits[i] for i in inside), len(inside)),
+                    float(sure.mean()),
+                )
+            )
+    return tuple(bins)
 
 
 class _Rows:

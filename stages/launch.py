@@ -1,0 +1,112 @@
+"""A training stage on several processes of this machine, started by `accelerate launch`.
+
+This process keeps the build and commits it. The others run the stage's own code on the same work
+folder, where the first of them writes; `python -m stages.launch JOB` is one of them.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from rso.allocator import keep_freed_memory
+from rso.config import Config, parse_config
+from rso.errors import UserError
+from rso.work import Work
+from stages import Stage
+from stages.context import Context, Input, Outcome
+from stages.process import USER_MISTAKE, die_with
+
+TRAINING = frozenset(("train_sft", "train_ranker", "train_policy"))
+_JOB, _OUTCOME, _FAILURE = "job.json", "outcome.json", "failure-{rank}.txt"
+
+
+def run_on_processes(
+    stage: Stage, config: Config, inputs: Mapping[str, Input], work: Work
+) -> Outcome:
+    """Run a training stage on `compute.num_processes` processes and return what it counted.
+
+    Raises:
+        UserError: one of them found a mistake of the user's; the first such sentence.
+    """
+    for name in os.listdir(work.scratch):
+        if name == _OUTCOME or name.startswith("failure-"):
+            os.remove(f"{work.scratch}/{name}")
+    job = {
+        "stage": stage.name,
+        "module": stage.module,
+        "sections": stage.sections,
+        "config": config.model_dump(mode="json"),
+        "inputs": {name: [given.output, given.directory] for name, given in inputs.items()},
+        "directory": work.directory,
+        "fingerprint": work.fingerprint,
+    }
+    path = f"{work.scratch}/{_JOB}"
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(job, file)
+    code = subprocess.run(
+        _command(config, path), preexec_fn=partial(die_with, os.getpid()), check=False
+    ).returncode
+    if code == 0:
+        with open(f"{work.scratch}/{_OUTCOME}", encoding="utf-8") as file:
+            return Outcome(**json.load(file))
+    for rank in range(config.compute.num_processes):
+        failure = f"{work.scratch}/{_FAILURE.format(rank=rank)}"
+        if os.path.exists(failure):
+            with open(failure, encoding="utf-8") as file:
+                raise UserError(file.read())
+    raise RuntimeError(f"{stage.name}: its processes ended with {code}; their output says why")
+
+
+def _command(config: Config, job: str) -> list[str]:
+    compute = config.compute
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if compute.accelerate_config is not None:
+        command += ["--config_file", compute.accelerate_config]
+    else:
+        # On machines without GPUs, too, this is the launcher of several processes.
+        command += ["--multi_gpu", "--num_machines", "1", "--main_process_port", "0"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    threads = max(1, (os.cpu_count() or 1) // compute.num_processes)
+    command += ["--num_cpu_threads_per_process", str(threads)]
+    command += ["--num_processes", str(compute.num_processes)]
+    return [*command, "--module", "stages.launch", job]
+
+
+def main() -> int:
+    """Be one of the processes, which end with the launcher as it ends with the stage."""
+    die_with(os.getppid())
+    with open(sys.argv[1], encoding="utf-8") as file:
+        job = json.load(file)
+    # What was resolved before the launch stays: every process computes in the same dtype.
+    config = parse_config(job["config"], where="job")
+    inputs = {
+        name: Input(output, directory, None) for name, (output, directory) in job["inputs"].items()
+    }
+    work = Work(job["stage"], job["fingerprint"], job["directory"], _refuse)
+    context = Context(job["stage"], config.view(job["sections"]), inputs, work, config.beam)
+    keep_freed_memory()
+    rank = int(os.environ["RANK"])
+    try:
+        outcome = importlib.import_module(f"stages.{job['module']}").run(context)
+    except UserError as error:
+        path = f"{work.scratch}/{_FAILURE.format(rank=rank)}"
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(str(error))
+        return USER_MISTAKE
+    if rank == 0:
+        with open(f"{work.scratch}/{_OUTCOME}", "w", encoding="utf-8") as file:
+            json.dump({"counters": outcome.counters, "curves": outcome.curves}, file)
+    return 0
+
+
+def _refuse(manifest: Any) -> Any:
+    raise AssertionError("only the process that holds the build commits it")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
