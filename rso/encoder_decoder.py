@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rso.branch_attention import Span
-from rso.prefix import Batch, plan_batches
+from rso.prefix import Batch
 
 
 class Encoded(NamedTuple):
@@ -26,39 +26,39 @@ class Encoded(NamedTuple):
 def response_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return [tokens, H]: the decoder's states that predict the tokens of all branches, in order.
 
-    The encoder runs once a row. The decoder runs on as many branches at a time as have, padded,
-    about as many tokens as the batch.
+    Every prefix is encoded once. Encoder and decoder run on as many sequences at a time as have,
+    padded, no more tokens than the batch.
     """
-    encoded = _encode(model, batch, [[span] for span in batch.layout.prefixes])
-    rows = [row for row, spans in enumerate(batch.layout.branches) for _ in spans]
-    branches = [span for spans in batch.layout.branches for span in spans]
-    states: dict[int, Tensor] = {}
-    for chosen in plan_batches([end - start for start, end in branches], _size(batch)):
-        # The start token predicts the first token; what pads a shorter branch is seen by none.
-        ids, _ = _padded(batch, [[(branches[i][0], branches[i][1] - 1)] for i in chosen])
-        ids = torch.cat([_start_tokens(model, ids), ids], dim=1)
-        own = torch.tensor([rows[i] for i in chosen], device=ids.device)
-        hidden = _decode(model, ids, Encoded(encoded.states[own], encoded.mask[own]))
-        for place, i in enumerate(chosen):
-            start, end = branches[i]
-            states[i] = hidden[place, : end - start]
-    return torch.cat([states[i] for i in range(len(branches))])
+    prefixes, branches = batch.layout.prefixes, batch.layout.branches
+    states: dict[Span, Tensor] = {}
+    for rows in _plan([[prefix] for prefix in prefixes], _size(batch)):
+        encoded = _encode(model, batch, [[prefixes[row]] for row in rows])
+        spans = [(place, span) for place, row in enumerate(rows) for span in branches[row]]
+        for chosen in _plan([[span] for _, span in spans], _size(batch)):
+            own, parts = zip(*(spans[i] for i in chosen), strict=True)
+            # The start token predicts the first; what pads a shorter branch is seen by none.
+            ids, _ = _padded(batch, [[(start, end - 1)] for start, end in parts])
+            ids = torch.cat([_start_tokens(model, ids), ids], dim=1)
+            index = torch.tensor(own, device=ids.device)
+            hidden = _decode(model, ids, Encoded(encoded.states[index], encoded.mask[index]))
+            for place, (start, end) in enumerate(parts):
+                states[start, end] = hidden[place, : end - start]
+    return torch.cat([states[span] for spans in branches for span in spans])
 
 
 def label_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return [branches, H]: the decoder's first state after the encoder read prefix and branch.
 
     The encoder attends both ways, so the prefix is encoded anew with every branch, as many
-    branches at a time as have, padded, about as many tokens as the batch.
+    branches at a time as have, padded, no more tokens than the batch.
     """
     inputs = [
         [prefix, span]
         for prefix, spans in zip(batch.layout.prefixes, batch.layout.branches, strict=True)
         for span in spans
     ]
-    sizes = [sum(end - start for start, end in spans) for spans in inputs]
     states: dict[int, Tensor] = {}
-    for chosen in plan_batches(sizes, _size(batch)):
+    for chosen in _plan(inputs, _size(batch)):
         encoded = _encode(model, batch, [inputs[i] for i in chosen])
         hidden = _decode(model, _start_tokens(model, encoded.mask), encoded)
         states |= {i: hidden[place] for place, i in enumerate(chosen)}
@@ -67,6 +67,23 @@ def label_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def _size(batch: Batch) -> int:
     return batch.input_ids.shape[1]
+
+
+def _plan(sequences: Sequence[Sequence[Span]], most: int) -> list[list[int]]:
+    """Batches of indices, longest first, of at most `most` tokens each when padded.
+
+    A sequence longer than that is a batch of its own.
+    """
+    sizes = [sum(end - start for start, end in spans) for spans in sequences]
+    batches: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if room < 1:
+            batches.append([])
+            room = max(1, most // sizes[index])
+        batches[-1].append(index)
+        room -= 1
+    return batches
 
 
 def _padded(batch: Batch, sequences: Sequence[Sequence[Span]]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Prompt and ranker texts to token ids: the one tokenising path.
 
 Text that users supply is tokenised with special tokens as ordinary text, so that a prompt holding
-`<eos>` can neither end nor forge a turn. Prompt and response ids are concatenated, never
+`<eos>` can neither end nor forge a turn; where a tokenizer cannot, they are written with a space in
+them (`< eos>`). Prompt and response ids are concatenated, never
 re-tokenised together.
 """
 
@@ -185,6 +186,17 @@ def _encode_template(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
 def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if not text:
         return []
+    ids = _plain_ids(tokenizer, text)
+    special = _special_pattern(tokenizer)
+    if special is None or not special.search(text):
+        return ids
+    if not set(ids) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}):
+        return ids
+    # The special tokens of unigram tokenizers (T5) are pieces of the vocabulary like any others.
+    return _plain_ids(tokenizer, special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text))
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
     return list(encoded["input_ids"])
 

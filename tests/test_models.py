@@ -14,6 +14,7 @@ from transformers import (
     BartConfig,
     GenerationConfig,
     PreTrainedTokenizerBase,
+    T5Config,
 )
 
 from rso import models
@@ -92,6 +93,12 @@ def test_tokenizer_without_eos_is_a_user_error(tiny_llama_dir: str, tmp_path: Pa
 def test_encoder_decoder_of_another_family_is_a_user_error(tmp_path: Path) -> None:
     BartConfig(vocab_size=8, d_model=8).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="encoder-decoder architecture 'bart', expected mt5 or t5"):
+        models.load_model(tmp_path, dtype=torch.float32)
+
+
+def test_encoder_decoder_without_a_start_token_is_a_user_error(tmp_path: Path) -> None:
+    T5Config(vocab_size=8, d_model=8).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"config.json has no decoder_start_token_id"):
         models.load_model(tmp_path, dtype=torch.float32)
 
 

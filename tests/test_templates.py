@@ -43,6 +43,38 @@ def test_prompt_has_one_bos(tiny_tokenizer: PreTrainedTokenizerBase, settings: T
     assert ids.count(tiny_tokenizer.bos_token_id) == 1
 
 
+@pytest.mark.parametrize("prompt", ["summarize: {prompt}", "summarize: {prompt}</s>"])
+def test_encoder_prompt_ends_with_one_eos(
+    t5_tokenizer: PreTrainedTokenizerBase, prompt: str
+) -> None:
+    ids = templates.encode_prompt(t5_tokenizer, Templates(prompt=prompt), "a file")
+    assert ids == t5_tokenizer("summarize: a file").input_ids
+    assert ids.count(t5_tokenizer.eos_token_id) == 1 and ids[-1] == t5_tokenizer.eos_token_id
+
+
+def test_special_tokens_in_text_for_a_unigram_tokenizer_are_taken_apart(
+    t5_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    settings = Templates(prompt="{prompt}")
+    # The tokenizer alone takes them for special, whatever it is asked.
+    text = "a </s> b<pad>"
+    plain = t5_tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    special = {t5_tokenizer.eos_token_id, t5_tokenizer.pad_token_id}
+    assert special <= set(plain)
+    ids = templates.encode_prompt(t5_tokenizer, settings, text)
+    assert not special & set(ids[:-1])
+    assert len(ids) > len(templates.encode_prompt(t5_tokenizer, settings, "a b"))
+    assert not special & set(templates.encode_response(t5_tokenizer, settings, text, eos=False))
+
+
+def test_ranker_input_of_an_encoder_ends_with_eos(t5_tokenizer: PreTrainedTokenizerBase) -> None:
+    encoder = templates.RankerEncoder(t5_tokenizer, Templates())
+    ids = encoder.context("a question").ids + encoder.branch("one", "two")
+    text = "[CONTEXT] a question [RESPONSE A] one [RESPONSE B] two [BETTER]"
+    assert ids == t5_tokenizer(text).input_ids
+    assert t5_tokenizer.convert_ids_to_tokens(list(encoder.labels)) == ["▁A", "▁B"]
+
+
 def test_response_has_prefix_and_eos(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     ids = templates.encode_response(tiny_tokenizer, PLAIN, "one answer", eos=True)
     assert ids[-1] == tiny_tokenizer.eos_token_id
