@@ -64,7 +64,7 @@ def training_rates(config: Config, model: str, directory: Path) -> list[float]:
 def inference_rates(config: Config, directory: str) -> None:
     """Report prefill with log-probabilities, and decoding of few and of many samples a prompt."""
     tokenizer = load_tokenizer(directory)
-    model = load_model(directory, dtype=config.compute.dtype)
+    model = load_model(directory, dtype=config.compute.dtype, attention=config.compute.attention)
     rows = [
         Row(
             encode_prompt(tokenizer, config.templates, row.prompt),

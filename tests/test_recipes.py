@@ -92,22 +92,23 @@ def test_sft_policy_that_exists_becomes_the_reference(finished: system.Run, tmp_
     assert all((written[name] == expected[name]).all() for name in expected)
 
 
-def test_stages_train_on_two_processes_to_the_same_curves(
-    finished: system.Run, tmp_path: Path
+@pytest.mark.parametrize("stage", ["train_sft", "train_ranker", "train_policy"])
+def test_stage_on_two_processes_gives_the_curves_of_one(
+    finished: system.Run, tmp_path: Path, stage: str
 ) -> None:
-    """`compute.num_processes` is no identity: forced, a stage gives the artifact it gave before."""
+    """`compute.num_processes` is no identity, so only `force` makes the artifact again."""
     run = finished.copy(tmp_path / "store")
     two = "compute.num_processes=2"
     assert set(system.statuses(run, two).values()) == {"cached"}
-    for stage in ("train_sft", "train_policy"):
-        before = run.artifact(stage).manifest
-        ran = run_stage(run.graph(two), stage, force=True)
-        assert not ran.is_cached
-        for name, curve in before.curves.items():
-            for ours, theirs in zip(ran.artifact.manifest.curves[name], curve, strict=True):
-                for figure in ours.keys() & {"loss", "margin", "num_tokens"}:
-                    assert ours[figure] == pytest.approx(theirs[figure], rel=1e-3, abs=1e-3)
-        assert ran.artifact.manifest.counters["tokens"] == before.counters["tokens"]
+    before = run.artifact(stage).manifest
+    ran = run_stage(run.graph(two), stage, force=True)
+    assert not ran.is_cached
+    for name in (stage, f"{stage}_evaluations"):
+        curves = (ran.artifact.manifest.curves.get(name, []), before.curves.get(name, []))
+        for ours, theirs in zip(*curves, strict=True):
+            for figure in ours.keys() & {"step", "loss", "margin", "num_tokens", "win_rate"}:
+                assert ours[figure] == pytest.approx(theirs[figure], rel=1e-3, abs=1e-3)
+    assert ran.artifact.manifest.counters["tokens"] == before.counters["tokens"]
 
 
 def test_mistake_found_by_one_of_two_processes_is_a_sentence(

@@ -1,6 +1,7 @@
 """Several processes, full disks, memory savers, adapters: whatever surrounds the steps."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -113,8 +114,8 @@ def test_divergence_ends_all_processes_at_the_same_step(
 ) -> None:
     done = launch(tmp_path, tiny_llama_dir, "sft", {"learning_rate": 1e30, "max_grad_norm": 1e30})
     assert done.returncode != 0
-    found = {line.split(":")[1] for line in done.stdout.splitlines() if "diverged" in line}
-    assert len(found) == 1 and "step" in found.pop()
+    # Where one ends first, the launcher ends the other, maybe before it has said why.
+    assert len(set(re.findall(r"diverged: train_sft, step (\d+) of", done.stdout))) == 1
     assert not (tmp_path / "two" / "model").exists()
 
 
