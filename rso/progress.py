@@ -9,6 +9,11 @@ from typing import Any
 QUIET_SECONDS = 2.0
 
 
+def is_first_process() -> bool:
+    """Whether this process is alone, or the first of those that train together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class progress:
     """A bar with rate and time left for `total` units; it shows once two seconds have passed."""
 
@@ -18,7 +23,7 @@ class progress:
         self._started = time.monotonic()
         self._bar: Any = None
         # Of several processes of one training the first one shows what all of them do.
-        self._is_seen = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+        self._is_seen = sys.stderr.isatty() and is_first_process()
 
     def advance(self, count: int = 1) -> None:
         """Count `count` more units as done and redraw."""

@@ -1,6 +1,7 @@
 """Demonstrations to the reference policy by supervised fine-tuning."""
 
 from rso.models import resolve, save_model
+from rso.progress import is_first_process
 from rso.training.base import load, weights_dtype
 from rso.training.sft import Demonstration, train_sft
 from stages.context import Context, Outcome
@@ -14,9 +15,10 @@ def run(context: Context) -> Outcome:
     config = context.config
     location = str(resolve(config.model).location)
     if config.train_sft.skip:
-        model, tokenizer = load(location, config.compute)
-        dtype = weights_dtype(config.compute)
-        save_model(model, tokenizer, context.work.output("reference"), dtype=dtype)
+        if is_first_process():
+            model, tokenizer = load(location, config.compute)
+            dtype = weights_dtype(config.compute)
+            save_model(model, tokenizer, context.work.output("reference"), dtype=dtype)
         return Outcome({"steps": 0, "tokens": 0})
     result = train_sft(
         location,
