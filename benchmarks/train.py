@@ -236,7 +236,7 @@ def train_ours(
     """Pairs of a prompt as one shared-prefix row, in one micro-batch a step."""
     from rso.config import Compute, TrainPolicy
     from rso.prefix import Row
-    from rso.training.base import load
+    from rso.training.loading import load
     from rso.training.policy import PolicyExample, PolicyTrainer
     from rso.training.steps import Steps, by_prompt
 

@@ -2,7 +2,7 @@
 
 from rso.models import resolve, save_model
 from rso.progress import is_first_process
-from rso.training.base import load, weights_dtype
+from rso.training.loading import load, weights_dtype
 from rso.training.sft import Demonstration, train_sft
 from stages.context import Context, Outcome
 

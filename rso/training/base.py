@@ -2,10 +2,6 @@
 
 One element of the data set is one whole optimiser step, so the step count, the schedule, clipping,
 logging and resuming of `Trainer` are exact; `training_step` walks the micro-batches.
-
-Weights in training are float32. Where `compute.dtype` is bfloat16, matrix products compute in it
-by autocast, which on a CPU took 0.7 of the time of bfloat16 weights with float32 masters
-(SmolLM2-135M, 8 × 130 tokens, one core), and the model is written in bfloat16.
 """
 
 import functools
@@ -34,15 +30,15 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging
 
-from rso.config import Compute, Lora, Optimisation
+from rso.config import Compute, Optimisation
 from rso.errors import UserError
 from rso.files import FULL
-from rso.models import load_model, load_tokenizer, save_model
+from rso.models import save_model
 from rso.prefix import Batch, Row, collate
 from rso.progress import progress
-from rso.training.adapters import add_adapters, is_adapted, merged_state
+from rso.training.adapters import is_adapted, merged_state
+from rso.training.loading import autocast, drop_nothing, on_cpu, trainable, weights_dtype
 from rso.training.steps import ExampleT, Step, Steps
 
 _STATE_FILE = "trainer_state.json"
@@ -98,10 +94,10 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         what: str,
     ) -> None:
         if not self.has_dropout:
-            _drop_nothing(model)
-        model = _trainable(model, settings, seed, where=what)
+            drop_nothing(model)
+        model = trainable(model, settings, seed, where=what)
         if weights_dtype(compute) == torch.bfloat16:
-            _autocast(model)
+            autocast(model)
         arguments = _arguments(settings, compute, len(steps), seed, work_directory)
         self.steps, self.what, self.network = steps, what, model
         self.tokenizer, self.dtype = tokenizer, weights_dtype(compute)
@@ -284,54 +280,6 @@ class _Watch(TrainerCallback):
         self._bar.note(**{name: logs[name] for name in shown if name in logs})
 
 
-def weights_dtype(compute: Compute) -> torch.dtype:
-    """The type of weights as loaded and written; `compute.dtype` is resolved, never auto."""
-    assert compute.dtype != "auto", "resolve the config before training"
-    return torch.bfloat16 if compute.dtype == "bfloat16" else torch.float32
-
-
-def load(
-    location: str, compute: Compute, lora: Lora | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model at `location` in the type of `compute` on the training device; its tokenizer.
-
-    In 4 bits where `lora` says so.
-    """
-    # Bars of loading and saving would break into the bar of the training.
-    logging.disable_progress_bar()
-    tokenizer = load_tokenizer(location)
-    model = load_model(
-        location,
-        dtype=weights_dtype(compute),
-        # A process of several has its own GPU, which no library has chosen yet.
-        device="cpu" if _on_cpu(compute) else f"cuda:{os.environ.get('LOCAL_RANK', 0)}",
-        attention=compute.attention,
-        quantise=lora is not None and lora.quantise != "none",
-    )
-    return model, tokenizer
-
-
-def freeze(model: PreTrainedModel, settings: Optimisation, *, where: str) -> None:
-    """Take the frozen parts out of training, so that backward stops at the lowest trained layer.
-
-    Raises:
-        UserError: there are fewer layers than `freeze_layers`, or nothing is left to train.
-    """
-    stacks = _layers(model)
-    most = min(map(len, stacks))
-    if settings.freeze_layers > most:
-        raise UserError(
-            f"{where}.freeze_layers is {settings.freeze_layers}, but the model has {most}"
-            f" layers; give a number from 0 to {most}."
-        )
-    model.requires_grad_(True)
-    if settings.freeze_embeddings:
-        model.get_input_embeddings().requires_grad_(False)
-    for layers in stacks:
-        for layer in layers[: settings.freeze_layers]:
-            layer.requires_grad_(False)
-
-
 def batch_of(rows: Sequence[Row], model: PreTrainedModel) -> Batch:
     """The rows as tensors on the device of `model`."""
     return collate(rows, device=model.device)
@@ -364,29 +312,6 @@ def _only(elements: list[Step[ExampleT]]) -> dict[str, Step[ExampleT]]:
     return {"step": step}
 
 
-def _on_cpu(compute: Compute) -> bool:
-    return compute.device == "cpu" or not torch.cuda.is_available()
-
-
-def _layers(model: PreTrainedModel) -> list[nn.ModuleList]:
-    """Layers from the lowest: of the decoder, or of the encoder and of the decoder."""
-    if model.config.is_encoder_decoder:
-        return [model.get_encoder().block, model.get_decoder().block]
-    return [model.get_decoder().layers]
-
-
-def _autocast(model: PreTrainedModel) -> None:
-    """Let the decoder, the encoder where there is one, and the head compute in bfloat16.
-
-    Not the whole step: the ranker projects on its two labels in float32 by the head's weights.
-    """
-    modules = [model.get_decoder(), model.get_output_embeddings()]
-    if model.config.is_encoder_decoder:
-        modules.append(model.get_encoder())
-    for module in modules:
-        module.forward = torch.autocast(model.device.type, torch.bfloat16)(module.forward)
-
-
 def _answer_examples(model: nn.Module, sums: Callable[..., Sums]) -> None:
     """Make `model(examples=...)` compute `sums`, so that DDP and FSDP see a forward pass."""
     forward = model.forward
@@ -396,26 +321,6 @@ def _answer_examples(model: nn.Module, sums: Callable[..., Sums]) -> None:
 
     # Trainer reads the arguments of forward.
     model.forward = functools.update_wrapper(answer, forward)
-
-
-def _drop_nothing(model: nn.Module) -> None:
-    """Switch dropout off and leave training mode on, which gradient checkpointing asks for."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("dropout", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-def _trainable(
-    model: PreTrainedModel, settings: Optimisation, seed: int, *, where: str
-) -> PreTrainedModel:
-    """`model` in float32 with its frozen parts, or with adapters that are all there is to train."""
-    if settings.lora is not None:
-        return add_adapters(model, settings, seed, where=where)
-    freeze(model, settings, where=where)
-    return model.float()
 
 
 def _whole_state(network: nn.Module, accelerator: Any, wrapped: nn.Module) -> dict[str, Tensor]:
@@ -483,7 +388,7 @@ def _arguments(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         seed=seed % 2**32,
-        use_cpu=_on_cpu(compute),
+        use_cpu=on_cpu(compute),
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",

@@ -24,8 +24,8 @@ from rso.training.base import (
     TrainingResult,
     batch_of,
     last_checkpoint,
-    load,
 )
+from rso.training.loading import load
 from rso.training.selection import Figures, Selection
 from rso.training.sft import Demonstration, sft_trainer
 from rso.training.steps import Example, Steps, by_prompt, micro_batches, plan_steps

@@ -22,8 +22,8 @@ from rso.training.base import (
     Sums,
     TrainingResult,
     batch_of,
-    load,
 )
+from rso.training.loading import load
 from rso.training.selection import Figures, Selection
 from rso.training.steps import Example, Steps, by_prompt, choose, micro_batches, plan_steps
 

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from rso.config import Compute
-from rso.training.base import PrefixTrainer, load
+from rso.training.base import PrefixTrainer
+from rso.training.loading import load
 
 Figures = Mapping[str, float]
 Evaluate = Callable[[PreTrainedModel], Figures]

@@ -10,7 +10,8 @@ from rso.config import Compute, Optimisation, Templates, TrainSft
 from rso.errors import UserError
 from rso.prefix import Row, branch_logps
 from rso.templates import encode_prompt, encode_response
-from rso.training.base import PrefixTrainer, Sums, TrainingResult, load
+from rso.training.base import PrefixTrainer, Sums, TrainingResult
+from rso.training.loading import load
 from rso.training.steps import Example, Steps, by_prompt, choose, plan_steps
 
 WHAT = "train_sft"
