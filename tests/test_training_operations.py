@@ -268,6 +268,10 @@ test_training.run_sft(sys.argv[1], Path(sys.argv[2]), lora=here.LORA, **test_tra
     [
         ({"lora": LORA, "freeze_layers": 1}, "lora trains adapters alone"),
         ({"lora": Lora(modules=("nothing",))}, "train_sft.lora.modules: nothing fits no layer"),
+        (
+            {"lora": Lora(modules=("embed_tokens",))},
+            "train_sft.lora.modules: model.embed_tokens is a Embedding; adapters are for linear",
+        ),
     ],
 )
 def test_adapters_that_cannot_be_are_refused(

@@ -47,6 +47,12 @@ def add_adapters(model: PreTrainedModel, settings: Optimisation, seed: int, *, w
             f"{where}.lora.modules: {', '.join(lora.modules) or ALL_LINEAR} fits no layer of the"
             f" model ({error}); name its linear layers, e.g. q_proj, or leave it empty for all."
         ) from error
+    for name, module in adapted.named_modules():
+        if isinstance(module, LoraLayer) and len(module.lora_A) == 0:
+            raise UserError(
+                f"{where}.lora.modules: {name.removeprefix(_PREFIX)} is a"
+                f" {type(module.get_base_layer()).__name__}; adapters are for linear layers."
+            )
     if lora.quantise == "none":
         adapted.float()
     return adapted
@@ -71,9 +77,16 @@ def merged_state(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             place = f"{name.removeprefix(_PREFIX)}.weight"
+            down, up = (
+                state[f"{name}.lora_{side}.{model.active_adapter}.weight"].float() for side in "AB"
+            )
+            update = up @ down * module.scaling[model.active_adapter]
             base: Any = module.get_base_layer()
-            weight = dequantize_module_weight(base).float()
-            merged[place] = weight + module.get_delta_weight(model.active_adapter).float()
+            is_quantised = merged[place].dtype != torch.float32
+            weight = dequantize_module_weight(base).float() if is_quantised else merged[place]
+            # GPT-2 keeps its weights as [in, out].
+            is_transposed = getattr(module, "fan_in_fan_out", False)
+            merged[place] = weight + (update.T if is_transposed else update)
     return merged
 
 

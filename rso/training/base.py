@@ -107,6 +107,12 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         self._started = time.monotonic()
         self._current_ids: list[str] = []
         super().__init__(model=model, args=arguments, train_dataset=steps, data_collator=_only)
+        if self.is_fsdp_enabled and settings.lora and settings.lora.quantise != "none":
+            raise UserError(
+                f"{what}.lora.quantise is {settings.lora.quantise} and accelerate's configuration"
+                " shards the model by FSDP, which cannot gather a quantised weight; drop one of"
+                " them: 4-bit weights rarely need sharding."
+            )
         self.remove_callback(PrinterCallback)
         self._checkpoint_steps = settings.checkpoint_steps
 
@@ -195,6 +201,8 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         if self.is_world_process_zero():
             with _room_on_disk(directory, self.what):
                 model = _without_adapters(self.network)
+                if is_adapted(self.network):
+                    state = merged_state(self.network, state)
                 save_model(model, self.tokenizer, directory, dtype=self.dtype, state=state)
         self.accelerator.wait_for_everyone()
 
@@ -324,12 +332,11 @@ def _answer_examples(model: nn.Module, sums: Callable[..., Sums]) -> None:
 
 
 def _whole_state(network: nn.Module, accelerator: Any, wrapped: nn.Module) -> dict[str, Tensor]:
-    """All weights, gathered where processes hold parts of them; adapters merged."""
+    """All weights; where processes hold parts of them, gathered in the first process alone."""
     if accelerator.num_processes > 1:
         state: dict[str, Tensor] = accelerator.get_state_dict(wrapped)
-    else:
-        state = network.state_dict()
-    return merged_state(network, state) if is_adapted(network) else state
+        return state
+    return network.state_dict()
 
 
 def _without_adapters(network: Any) -> PreTrainedModel:
