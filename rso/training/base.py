@@ -200,9 +200,9 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         state = _whole_state(self.network, self.accelerator, self.model_wrapped)
         if self.is_world_process_zero():
             with _room_on_disk(directory, self.what):
-                model = _without_adapters(self.network)
-                if is_adapted(self.network):
-                    state = merged_state(self.network, state)
+                model: Any = self.network
+                if is_adapted(model):
+                    model, state = model.get_base_model(), merged_state(model, state)
                 save_model(model, self.tokenizer, directory, dtype=self.dtype, state=state)
         self.accelerator.wait_for_everyone()
 
@@ -337,11 +337,6 @@ def _whole_state(network: nn.Module, accelerator: Any, wrapped: nn.Module) -> di
         state: dict[str, Tensor] = accelerator.get_state_dict(wrapped)
         return state
     return network.state_dict()
-
-
-def _without_adapters(network: Any) -> PreTrainedModel:
-    model: PreTrainedModel = network.get_base_model() if is_adapted(network) else network
-    return model
 
 
 @contextmanager
