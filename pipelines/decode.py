@@ -1,7 +1,7 @@
 """Prompts to decoded responses: candidates for rejection sampling, and decodes for comparisons."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -60,11 +60,10 @@ class Decoding:
             )
         ]
         require_room(requests, engine.decoder.context_length, self.sampling.max_new_tokens)
-        total = len(requests) * self.sampling.num_samples
+        sampling = replace(self.sampling, stop=self.templates.stop)
+        total = len(requests) * sampling.num_samples
         with progress(self.label, total=total, unit="responses") as bar:
-            return engine.decoder.decode(
-                requests, self.sampling, seed=self.seed, progress=bar.advance
-            )
+            return engine.decoder.decode(requests, sampling, seed=self.seed, progress=bar.advance)
 
 
 def longest_prompt(tokenizer: Any, templates: config.Templates, prompts: Sequence[str]) -> int:

@@ -93,6 +93,11 @@ class Templates(Section):
         "",
         description="Put before every response, e.g. a space after a plain text template.",
     )
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (),
+        description="Texts that end a decoded response, e.g. the next turn of a dialogue; not part "
+        "of its text, but of its tokens, as an end-of-sequence token is.",
+    )
     ranker_context: str = Field("[CONTEXT] {prompt}", description="Ranker text before responses.")
     ranker_a: str = Field(" [RESPONSE A] {response}", description="Text of the response in slot A.")
     ranker_b: str = Field(" [RESPONSE B] {response}", description="Text of the response in slot B.")

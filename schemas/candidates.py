@@ -15,17 +15,17 @@ SCHEMA = schema(
             pa.int32(),
             "index of the sample among the decodes of its prompt",
         ),
-        field("response", pa.string(), "decoded text without special tokens"),
+        field("response", pa.string(), "decoded text without special tokens, up to the stop text"),
         field(
             "token_ids",
             pa.list_(pa.int32()),
-            "generated tokens, the end-of-sequence token included when generated",
+            "generated tokens, end of sequence or stop text included when generated",
         ),
         field("num_tokens", pa.int32(), "length of token_ids", unit="tokens"),
         field(
             "finish_reason",
             pa.string(),
-            "stop (end of sequence was generated) or length",
+            "stop (end of sequence, or a stop text, was generated) or length",
         ),
         field(
             "cumulative_logp",

@@ -107,7 +107,12 @@ def _win_rate(context: Context) -> Callable[[Any], float]:
         Request(row["prompt_id"], encode_prompt(tokenizer, config.templates, row["prompt"]))
         for row in rows
     ]
-    greedy = Sampling(temperature=0.0, top_k=0, max_new_tokens=config.train_policy.max_new_tokens)
+    greedy = Sampling(
+        temperature=0.0,
+        top_k=0,
+        max_new_tokens=config.train_policy.max_new_tokens,
+        stop=config.templates.stop,
+    )
     source = ranker_of_run(context)
     # Once, and by the process that evaluates alone.
     load = cache(source.load)

@@ -169,6 +169,34 @@ def test_decode_any_engine_top_k_one_is_greedy(decoder: Decoder, requests: list[
     assert decoder.decode(requests, Sampling(1.0, 0, 1e-6, 12), seed=0) == greedy
 
 
+def test_decode_any_engine_stop_text_ends_a_response_with_its_tokens(
+    decoder: Decoder,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: list[Request],
+) -> None:
+    free = Sampling(0.0, 0, 1.0, 16, logprobs=True)
+    whole = [of_prompt[0] for of_prompt in decoder.decode(requests, free, seed=0)]
+    # Letters of one of the texts, which some others have and some have not.
+    stop = next(text for text in (r.text for r in whole) if len(text) > 6)[3:5]
+    stopped = decoder.decode(requests, replace(free, stop=("never there", stop)), seed=0)
+    is_stopped = [stop in response.text for response in whole]
+    assert any(is_stopped) and not all(is_stopped)
+    for request, before, (after,), has_stop in zip(
+        requests, whole, stopped, is_stopped, strict=True
+    ):
+        if not has_stop:
+            assert after == before
+            continue
+        assert (after.text, after.finish_reason) == (before.text.split(stop)[0], "stop")
+        size = len(after.token_ids)
+        assert after.token_ids == before.token_ids[:size]
+        assert stop in tokenizer.decode(after.token_ids, skip_special_tokens=True)
+        assert stop not in tokenizer.decode(after.token_ids[:-1], skip_special_tokens=True)
+        expected = plain_logp(model, request.token_ids, after.token_ids)
+        assert after.cumulative_logp == pytest.approx(expected, rel=1e-4)
+
+
 def test_decode_any_engine_samples_follow_the_model(
     decoder: Decoder, model: PreTrainedModel, requests: list[Request]
 ) -> None:

@@ -27,6 +27,8 @@ class Sampling:
     top_p: float = 1.0
     """The probability mass to draw from, most likely tokens first; 1 is no limit."""
     max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, as an end-of-sequence token does."""
     num_samples: int = 1
     logprobs: bool = False
     """Whether `Decoded.cumulative_logp` is computed."""
@@ -37,6 +39,7 @@ class Sampling:
             "top_k": (self.top_k >= 0, "at least 0 (0 is no limit)"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "stop": (all(self.stop), "texts that are not empty"),
             "num_samples": (self.num_samples >= 1, "at least 1"),
         }
         for name, (is_valid, expected) in bounds.items():
@@ -63,13 +66,42 @@ class Decoded(NamedTuple):
     """One response; `cumulative_logp` is in nats under the untempered, unfiltered model."""
 
     token_ids: list[int]
-    """What was generated, with the end-of-sequence token where one was generated."""
+    """What was generated, with the end-of-sequence token, or those of the stop text, where one was
+    generated."""
     text: str
-    """The same without special tokens."""
+    """The same without special tokens, and up to the stop text."""
     finish_reason: str
-    """`stop` (an end-of-sequence token) or `length` (max_new_tokens)."""
+    """`stop` (an end-of-sequence token or a stop text) or `length` (max_new_tokens)."""
     cumulative_logp: float | None
-    """Sum over `token_ids`, end of sequence included; None unless `Sampling.logprobs`."""
+    """Sum over `token_ids`, all of them; None unless `Sampling.logprobs`."""
+
+
+@dataclass(frozen=True)
+class Endings:
+    """How the responses of one call end: by an end-of-sequence token, or by a stop text."""
+
+    tokenizer: Any
+    token_ids: frozenset[int]
+    texts: tuple[str, ...] = ()
+
+    def has_stop_text(self, token_ids: Sequence[int]) -> bool:
+        """Return whether a stop text stands in the response so far."""
+        text = self.text(token_ids)
+        return any(stop in text for stop in self.texts)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Return the response's text without special tokens, stop text included."""
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def finish(self, token_ids: list[int], cumulative_logp: float | None) -> Decoded:
+        """Return the response that these tokens, generated to their end, are."""
+        text = self.text(token_ids)
+        end = min((text.find(stop) for stop in self.texts if stop in text), default=None)
+        is_stopped = end is not None or token_ids[-1] in self.token_ids
+        reason = "stop" if is_stopped else "length"
+        return Decoded(token_ids, text[:end], reason, cumulative_logp)
 
 
 class Decoder(Protocol):

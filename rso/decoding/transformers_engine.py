@@ -30,6 +30,7 @@ from transformers import (
 
 from rso.decoding import (
     Decoded,
+    Endings,
     Progress,
     Request,
     Sampling,
@@ -92,29 +93,26 @@ class TransformersDecoder:
         assert self._model is not None, "the decoder is closed"
         if not requests:
             return []
+        endings = Endings(self._tokenizer, self._stop_ids, sampling.stop)
         samples: list[list[_Sample]] = [[] for _ in requests]
         with self._lock, torch.inference_mode(), _shared_prompt_attention(self._model):
             for wave in plan_waves(requests, sampling, _bytes_per_token(self._model)):
                 prompts = [requests[index] for index in wave]
-                decoded = _decode_wave(
-                    self._model, prompts, sampling, self._stop_ids, seed, progress
-                )
+                decoded = _decode_wave(self._model, prompts, sampling, endings, seed, progress)
                 for index, of_prompt in zip(wave, decoded, strict=True):
                     samples[index] = of_prompt
         return [
-            [self._finish(sample, sampling) for sample in of_prompt] * _num_repeats(sampling)
+            [
+                endings.finish(sample.token_ids, sample.logp if sampling.logprobs else None)
+                for sample in of_prompt
+            ]
+            * _num_repeats(sampling)
             for of_prompt in samples
         ]
 
     def close(self) -> None:
         """Drop the model."""
         self._model = None
-
-    def _finish(self, sample: "_Sample", sampling: Sampling) -> Decoded:
-        text = self._tokenizer.decode(sample.token_ids, skip_special_tokens=True)
-        assert isinstance(text, str)
-        reason = "stop" if sample.token_ids[-1] in self._stop_ids else "length"
-        return Decoded(sample.token_ids, text, reason, sample.logp if sampling.logprobs else None)
 
 
 def plan_waves(
@@ -145,7 +143,7 @@ def _decode_wave(
     model: PreTrainedModel,
     prompts: Sequence[Request],
     sampling: Sampling,
-    stop_ids: frozenset[int],
+    endings: Endings,
     seed: int,
     progress: Progress | None,
 ) -> list[list[_Sample]]:
@@ -154,7 +152,7 @@ def _decode_wave(
     num_samples, num_groups = _num_drawn(sampling), _num_groups(sampling)
     num_rows = len(prompts) * num_samples
     uniforms = _uniforms(prompts, sampling, seed, device)
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
+    stops = torch.tensor(sorted(endings.token_ids), dtype=torch.int64, device=device)
     lengths = torch.tensor([len(p.token_ids) for p in prompts], device=device)
     tokens = torch.zeros((num_rows, sampling.max_new_tokens), dtype=torch.int64, device=device)
     num_tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
@@ -176,6 +174,10 @@ def _decode_wave(
         num_tokens[live] = step + 1
         is_last = step + 1 == sampling.max_new_tokens
         goes_on = torch.zeros_like(new, dtype=torch.bool) if is_last else ~torch.isin(new, stops)
+        if endings.texts:
+            written = tokens[live, : step + 1].tolist()
+            has_stop = [endings.has_stop_text(token_ids) for token_ids in written]
+            goes_on &= ~torch.tensor(has_stop, device=device)
         num_live = int(goes_on.sum())
         if progress is not None and num_live < len(live):
             progress((len(live) - num_live) * _num_repeats(sampling))

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from rso import seeds
 from rso.decoding import (
     Decoded,
+    Endings,
     Progress,
     Request,
     Sampling,
@@ -84,6 +85,7 @@ class VllmDecoder:
         if not requests:
             return []
         parameters = self._parameters(sampling)
+        endings = Endings(self._tokenizer, self._stop_ids, sampling.stop)
         num_repeats = sampling.num_samples // parameters.n
         finished: dict[int, list[Decoded]] = {}
         with self._lock:
@@ -96,7 +98,10 @@ class VllmDecoder:
                 for output in self._llm.llm_engine.step():
                     if output.finished:
                         samples = sorted(output.outputs, key=lambda sample: sample.index)
-                        responses = [self._finish(sample) for sample in samples] * num_repeats
+                        responses = [
+                            endings.finish(list(sample.token_ids), sample.cumulative_logprob)
+                            for sample in samples
+                        ] * num_repeats
                         finished[int(output.request_id)] = responses
                         if progress is not None:
                             progress(len(responses))
@@ -127,14 +132,10 @@ class VllmDecoder:
             logprobs=0 if sampling.logprobs else None,
             stop_token_ids=sorted(self._stop_ids),
             ignore_eos=True,
-            detokenize=False,
+            # only stop texts need vLLM to write text
+            stop=list(sampling.stop),
+            detokenize=bool(sampling.stop),
         )
-
-    def _finish(self, sample: Any) -> Decoded:
-        token_ids = list(sample.token_ids)
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        reason = "stop" if token_ids[-1] in self._stop_ids else "length"
-        return Decoded(token_ids, text, reason, sample.cumulative_logprob)
 
 
 def _start(directory: str, dtype: str, max_model_len: int | None) -> Any:
@@ -156,8 +157,7 @@ def _start(directory: str, dtype: str, max_model_len: int | None) -> Any:
             max_num_seqs=MAX_NUM_SEQS,
             enable_prefix_caching=True,
             enforce_eager=is_cpu,
-            # our tokens go in and out; stop tokens are given, defaults are not taken from files
-            skip_tokenizer_init=True,
+            # stop tokens are given, defaults are not taken from files
             generation_config="vllm",
             disable_log_stats=True,
             **({"kv_cache_memory_bytes": CPU_CACHE_BYTES} if is_cpu else {}),
