@@ -18,6 +18,7 @@ from rso import models
 from rso.config import Templates
 from rso.errors import UserError
 from rso.objectives import weighted_sum
+from rso.out_of_memory import BatchSize
 from rso.prefix import Row, collate, last_logits, plan_batches, split_row
 from rso.progress import progress as Bar
 from rso.templates import RankerEncoder
@@ -75,7 +76,12 @@ class TransformersRanker:
     ) -> None:
         self._model = model
         self._encoder = encoder
-        self._token_budget = token_budget
+        self._token_budget = BatchSize(
+            token_budget,
+            "tokens",
+            what="ranker",
+            advice="shorten templates.max_context_tokens, or use a device with more memory",
+        )
         self._context_length = models.context_length(model.config)
 
     def compare(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
@@ -164,13 +170,24 @@ class TransformersRanker:
     ) -> list[Float32]:
         """Return logit_A - logit_B of every branch of every row, rows as given."""
         self._check_lengths(prompts, rows)
+
+        def margins(token_budget: int) -> list[Float32]:
+            return self._margins_within(token_budget, prompts, rows, progress)
+
+        return self._token_budget.attempt(margins)
+
+    def _margins_within(
+        self,
+        token_budget: int,
+        prompts: Sequence[str],
+        rows: Sequence[Row],
+        progress: Bar | None,
+    ) -> list[Float32]:
         parts = [
-            (index, part)
-            for index, row in enumerate(rows)
-            for part in split_row(row, self._token_budget)
+            (index, part) for index, row in enumerate(rows) for part in split_row(row, token_budget)
         ]
         found: list[Float32] = [np.empty(0, np.float32)] * len(parts)
-        for chosen in plan_batches([part.num_tokens for _, part in parts], self._token_budget):
+        for chosen in plan_batches([part.num_tokens for _, part in parts], token_budget):
             batch = collate([parts[number][1] for number in chosen], device=self._model.device)
             with torch.inference_mode():
                 logits = last_logits(self._model, batch, self._encoder.labels).cpu().numpy()

@@ -2,18 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from conftest import Family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     Gemma2Config,
     GPT2Config,
     MistralConfig,
@@ -25,6 +25,7 @@ from transformers import (
 
 from rso import decoding, seeds
 from rso.decoding import Decoder, Request, Sampling, check_room, draws, load_decoder
+from rso.decoding.transformers_engine import TransformersDecoder
 from rso.errors import UserError
 
 PROMPTS = [
@@ -36,14 +37,32 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(tiny_llama_dir: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32).eval()
+KINDS = ["transformers", "transformers-t5", pytest.param("vllm", marks=pytest.mark.slow)]
+of_llamas = pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], indirect=True)
+in_ours = pytest.mark.parametrize("kind", KINDS[:2], indirect=True)
+our_llama = pytest.mark.parametrize("kind", KINDS[:1], indirect=True)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """An engine, and the family of the model that it decodes where that is not Llama's."""
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_llama_dir: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tiny_llama_dir)
+def subject(kind: str, families: dict[str, Family]) -> Family:
+    return families["t5" if kind.endswith("t5") else "llama"]
+
+
+@pytest.fixture(scope="module")
+def model(subject: Family) -> PreTrainedModel:
+    return subject.model_class.from_pretrained(subject.policy, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(subject: Family) -> PreTrainedTokenizerBase:
+    return subject.tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -51,32 +70,35 @@ def requests(tokenizer: PreTrainedTokenizerBase) -> list[Request]:
     return [Request(f"{i:016x}", tokenizer.encode(text)) for i, text in enumerate(PROMPTS)]
 
 
-@pytest.fixture(
-    scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.slow)]
-)
-def decoder(request: pytest.FixtureRequest, tiny_llama_dir: str) -> Iterator[Decoder]:
-    loaded = load_decoder(request.param, tiny_llama_dir, dtype="float32", max_model_len=256)
+@pytest.fixture(scope="module")
+def decoder(kind: str, subject: Family) -> Iterator[Decoder]:
+    engine = kind.removesuffix("-t5")
+    loaded = load_decoder(engine, subject.policy, dtype="float32", max_model_len=256)
     yield loaded
     loaded.close()
 
 
 @pytest.fixture
 def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Decoder:
-    from rso.decoding.transformers_engine import TransformersDecoder
-
     return TransformersDecoder(model, tokenizer)
 
 
-def full_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
-    """fp32 [position, vocabulary] from one plain forward pass without any cache."""
+def plain_logits(model: PreTrainedModel, prompt: list[int], response: list[int]) -> Tensor:
+    """fp32 [response + 1, vocabulary]: before each token of the response, and after it.
+
+    From one plain forward pass without any cache.
+    """
     with torch.inference_mode():
-        return model(torch.tensor([token_ids])).logits[0].float()
+        if model.config.is_encoder_decoder:
+            start = model.config.decoder_start_token_id
+            decoded = torch.tensor([[start, *response]])
+            return model(torch.tensor([prompt]), decoder_input_ids=decoded).logits[0].float()
+        return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 :].float()
 
 
 def plain_logp(model: PreTrainedModel, prompt: list[int], response: list[int]) -> float:
-    logps = full_logits(model, prompt + response).log_softmax(-1)
-    places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
-    return sum(float(logps[place, token]) for place, token in zip(places, response, strict=True))
+    logps = plain_logits(model, prompt, response).log_softmax(-1)
+    return sum(float(logps[place, token]) for place, token in enumerate(response))
 
 
 def plain_choice(logits: np.ndarray, sampling: Sampling, uniform: float) -> int:
@@ -113,7 +135,7 @@ def plain_decode(
         )
         response: list[int] = []
         while len(response) < sampling.max_new_tokens and stop not in response:
-            logits = full_logits(model, request.token_ids + response)[-1].numpy()
+            logits = plain_logits(model, request.token_ids, response)[-1].numpy()
             response.append(plain_choice(logits, sampling, uniforms[len(response)]))
         responses.append(response)
     return responses
@@ -149,7 +171,8 @@ def test_decode_any_engine_greedy_equals_generate(
     for request, of_prompt in zip(requests, decoded, strict=True):
         prompt = torch.tensor([request.token_ids])
         expected = model.generate(prompt, do_sample=False, max_new_tokens=16)
-        assert of_prompt[0].token_ids == expected[0, prompt.shape[1] :].tolist()
+        size = 1 if model.config.is_encoder_decoder else prompt.shape[1]
+        assert of_prompt[0].token_ids == expected[0, size:].tolist()
         assert of_prompt[1] == of_prompt[0]
         assert of_prompt[0].cumulative_logp is None
 
@@ -169,6 +192,7 @@ def test_decode_any_engine_top_k_one_is_greedy(decoder: Decoder, requests: list[
     assert decoder.decode(requests, Sampling(1.0, 0, 1e-6, 12), seed=0) == greedy
 
 
+@of_llamas
 def test_decode_any_engine_stop_text_ends_a_response_with_its_tokens(
     decoder: Decoder,
     model: PreTrainedModel,
@@ -203,7 +227,7 @@ def test_decode_any_engine_samples_follow_the_model(
     sampling = Sampling(0.7, 5, 1.0, max_new_tokens=1, num_samples=2000)
     (decoded,) = decoder.decode(requests[:1], sampling, seed=0)
     counts = Counter(response.token_ids[0] for response in decoded)
-    top, tokens = full_logits(model, requests[0].token_ids)[-1].topk(5)
+    top, tokens = plain_logits(model, requests[0].token_ids, [])[-1].topk(5)
     expected = dict(zip(tokens.tolist(), torch.softmax(top / 0.7, -1).tolist(), strict=True))
     assert set(counts) <= set(expected)
     for token, probability in expected.items():
@@ -212,6 +236,7 @@ def test_decode_any_engine_samples_follow_the_model(
         assert counts[token] / 2000 == pytest.approx(probability, abs=deviation)
 
 
+@of_llamas
 def test_decode_any_engine_refuses_a_prompt_without_room(decoder: Decoder) -> None:
     too_long = Request("feed", [5] * (decoder.context_length - 9))
     with pytest.raises(UserError, match=r"feed.*expected 1 to"):
@@ -219,6 +244,7 @@ def test_decode_any_engine_refuses_a_prompt_without_room(decoder: Decoder) -> No
     assert len(decoder.decode([too_long], Sampling(max_new_tokens=9), seed=0)[0]) == 1
 
 
+@in_ours
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -243,45 +269,41 @@ def test_transformers_decode_equals_one_sample_at_a_time(
     assert [[response.token_ids for response in of_prompt] for of_prompt in decoded] == expected
 
 
-@pytest.fixture
-def engine_module() -> ModuleType:
-    from rso.decoding import transformers_engine
-
-    return transformers_engine
-
-
+@in_ours
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("ROWS_PER_WAVE", 1),
-        ("ROWS_PER_WAVE", 9),
-        ("BYTES_PER_WAVE", 1),
-        ("COLUMNS_PER_GROUP", 1),
-        ("COLUMNS_PER_GROUP", 32),
-        ("TOKENS_PER_PREFILL", 1),
-        ("TOKENS_PER_PREFILL", 40),
-        ("LIVE_SHARE", 0.0),
-        ("LIVE_SHARE", 1.0),
+        ("transformers_engine.ROWS_PER_WAVE", 1),
+        ("transformers_engine.ROWS_PER_WAVE", 9),
+        ("transformers_engine.BYTES_PER_WAVE", 1),
+        ("causal.COLUMNS_PER_GROUP", 1),
+        ("causal.COLUMNS_PER_GROUP", 32),
+        ("causal.TOKENS_PER_PREFILL", 1),
+        ("causal.TOKENS_PER_PREFILL", 40),
+        ("causal.LIVE_SHARE", 0.0),
+        ("causal.LIVE_SHARE", 1.0),
     ],
 )
 def test_transformers_decode_batching_changes_nothing(
     engine: Decoder,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     requests: list[Request],
-    engine_module: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     setting: str,
     value: float,
 ) -> None:
     sampling = Sampling(1.0, 0, 1.0, 16, num_samples=4, logprobs=True)
     expected = engine.decode(requests, sampling, seed=5)
-    monkeypatch.setattr(engine_module, setting, value)
-    found = engine.decode(requests, sampling, seed=5)
+    monkeypatch.setattr(f"rso.decoding.{setting}", value)
+    found = TransformersDecoder(model, tokenizer).decode(requests, sampling, seed=5)
     for of_prompt, of_same in zip(found, expected, strict=True):
         for response, same in zip(of_prompt, of_same, strict=True):
             assert response.token_ids == same.token_ids
             assert response.cumulative_logp == pytest.approx(same.cumulative_logp, rel=1e-4)
 
 
+@in_ours
 def test_transformers_decode_samples_ignore_neighbours_order_and_number(
     engine: Decoder, requests: list[Request]
 ) -> None:
@@ -293,12 +315,54 @@ def test_transformers_decode_samples_ignore_neighbours_order_and_number(
     assert fewer == [of_prompt[:2] for of_prompt in together]
 
 
+@in_ours
+def test_transformers_decode_out_of_memory_halves_the_batch_once_and_loses_nothing(
+    engine: Decoder,
+    model: PreTrainedModel,
+    requests: list[Request],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sampling = Sampling(1.0, 0, 1.0, 16, num_samples=64)
+    expected = engine.decode(requests, sampling, seed=5)
+    reported: list[int] = []
+    with memory_for(model, rows=128):
+        assert engine.decode(requests, sampling, seed=5, progress=reported.append) == expected
+    assert sum(reported) == 64 * len(requests)
+    (warning,) = caplog.messages
+    assert "memory ran out" in warning and "batches of 128 samples" in warning
+    with (
+        memory_for(model, rows=63),
+        pytest.raises(UserError, match=r"batches of 128 samples.*lower decode.num_samples"),
+    ):
+        engine.decode(requests, sampling, seed=5)
+
+
+@contextmanager
+def memory_for(model: PreTrainedModel, rows: int) -> Iterator[None]:
+    """Let the model's projection fail as a full GPU does where there are more rows."""
+
+    def refuse(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if len(inputs[0]) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@in_ours
 def test_transformers_decode_restores_the_models_attention(
     engine: Decoder, model: PreTrainedModel, requests: list[Request]
 ) -> None:
-    before = model.config._attn_implementation
+    def kinds() -> list[str]:
+        stacks = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+        return [stack.config._attn_implementation for stack in stacks]
+
+    before = kinds()
     engine.decode(requests[:1], Sampling(max_new_tokens=2), seed=0)
-    assert model.config._attn_implementation == before
+    assert kinds() == before
 
 
 def tiny(config: PreTrainedConfig) -> PreTrainedModel:
@@ -320,11 +384,10 @@ def shape(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | float]:
     }
 
 
+@our_llama
 def test_transformers_decode_other_architectures_equal_one_sample_at_a_time(
     tokenizer: PreTrainedTokenizerBase, requests: list[Request]
 ) -> None:
-    from rso.decoding.transformers_engine import TransformersDecoder
-
     sampling = Sampling(1.0, 0, 1.0, 8, num_samples=3)
     for config in (
         Qwen3Config(**shape(tokenizer)),
@@ -342,33 +405,30 @@ def test_transformers_decode_other_architectures_equal_one_sample_at_a_time(
                     assert response.token_ids == expected
 
 
+@our_llama
 def test_transformers_decoder_sliding_window_bounds_the_context(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    from rso.decoding.transformers_engine import TransformersDecoder
-
     config = MistralConfig(**shape(tokenizer), sliding_window=256)
     assert TransformersDecoder(tiny(config), tokenizer).context_length == 256
 
 
+@our_llama
 def test_transformers_decoder_soft_capped_attention_is_refused(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    from rso.decoding.transformers_engine import TransformersDecoder
-
     with pytest.raises(UserError, match=r"soft-capping.*vllm"):
         TransformersDecoder(tiny(Gemma2Config(**shape(tokenizer))), tokenizer)
 
 
+@our_llama
 def test_transformers_decode_broken_weights_name_the_prompt(
     tokenizer: PreTrainedTokenizerBase, requests: list[Request]
 ) -> None:
-    from rso.decoding.transformers_engine import TransformersDecoder
-
     broken = tiny(Qwen3Config(**shape(tokenizer)))
     with torch.no_grad():
         broken.get_output_embeddings().weight[7] = float("nan")
-    with pytest.raises(ValueError, match=requests[0].prompt_id):
+    with pytest.raises(UserError, match=requests[0].prompt_id):
         TransformersDecoder(broken, tokenizer).decode(requests[:1], Sampling(), seed=0)
 
 

@@ -109,6 +109,29 @@ def test_equal_texts_are_computed_once(
     assert sum(counted) == 4
 
 
+def test_out_of_memory_halves_the_token_budget_once(
+    tiny_ranker_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranker = ranking.load_ranker(tiny_ranker_dir, Templates(), dtype="float32", token_budget=256)
+    texts = [f"{a} {b}" for a in WORDS for b in WORDS]
+    expected = ranker.rewards("a question", "one", texts)
+    room = 128
+
+    def refuse(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].numel() > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    embeddings = ranker._model.get_input_embeddings()
+    with embeddings.register_forward_pre_hook(refuse):
+        found = ranker.rewards("a question", "one", texts)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        (warning,) = caplog.messages
+        assert "memory ran out" in warning and "half as many" in warning
+        room = 1
+        with pytest.raises(UserError, match="memory ran out in batches of"):
+            ranker.rewards("a question", "one", texts)
+
+
 def test_nothing_to_compare_gives_nothing(ranker: TransformersRanker) -> None:
     assert ranker.compare([]).shape == (0,)
     assert ranker.preference([]).shape == (0,)

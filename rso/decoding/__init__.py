@@ -168,14 +168,9 @@ def stop_token_ids(generation_config: object, tokenizer: object) -> frozenset[in
     return frozenset()
 
 
-def refuse_encoder_decoder(config: Any) -> None:
-    """Raise `UserError` for a model configuration with an encoder, which no engine decodes yet."""
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"found the encoder-decoder architecture {config.model_type!r}, expected a decoder-only"
-            " model: no decoding engine takes an encoder yet. Such a model can be trained, rank and"
-            " compute logps; decode with a decoder-only one."
-        )
+def num_drawn(sampling: Sampling) -> int:
+    """Return how many samples of a prompt are computed: greedy ones are all the same."""
+    return 1 if sampling.temperature == 0 else sampling.num_samples
 
 
 def resolve_engine(engine: str) -> str:

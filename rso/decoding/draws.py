@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rso import seeds
 from rso.decoding import Sampling
+from rso.errors import UserError
 
 
 class Distribution(NamedTuple):
@@ -64,13 +65,13 @@ def token_logps(logits: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def check_finite(logits: Tensor, prompt_ids: Sequence[str]) -> None:
-    """Raise if the logits of a row hold NaN or +inf, naming the row's prompt."""
+    """Raise `UserError` if logits of a row hold NaN or +inf, naming the row's prompt."""
     is_finite = logits.amax(-1).isfinite()
     if not bool(is_finite.all()):
         broken = prompt_ids[int(is_finite.logical_not().nonzero()[0, 0])]
-        raise ValueError(
+        raise UserError(
             f"the model gave logits that are not finite for prompt {broken}; "
-            "check the model's weights, or decode with dtype float32."
+            "check the model's weights, or decode with compute.dtype=float32."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 
 ATTENTION = "rso_shared_prompt"
 """The name of `attention` in transformers' registry of attention functions."""
@@ -66,7 +67,7 @@ class Groups:
         self.num_filled += samples.shape[1]
         self._owner[:, start : self.num_filled] = samples
         owner = self._owner[:, None, None, : self.num_filled]
-        return _additive((owner == samples[:, None, :, None]) | (owner == PROMPT), self.dtype)
+        return additive((owner == samples[:, None, :, None]) | (owner == PROMPT), self.dtype)
 
 
 class Prefill:
@@ -85,7 +86,7 @@ class Prefill:
         columns = torch.arange(end, device=device)
         is_seen = columns <= torch.arange(start, end, device=device)[:, None]
         # plain causal attention needs no mask, and is faster without one
-        self._mask = _additive(is_seen[None, None], groups.dtype) if start else None
+        self._mask = additive(is_seen[None, None], groups.dtype) if start else None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         columns = slice(self._start, self._end)
@@ -98,7 +99,45 @@ class Prefill:
                 query, key, value, is_causal=True, scale=scale, enable_gqa=True
             )
         keys, values = (buffer[rows][::copies, :, : self._end] for buffer in stored)
-        return _attend(query, keys, values, self._mask, scale)
+        return grouped_attention(query, keys, values, self._mask, scale)
+
+
+class Slots:
+    """Rows of the model laid out by group, `num_slots` a group, and back.
+
+    Args:
+        group_of: int64 [row], ascending: the group of each row.
+    """
+
+    def __init__(self, group_of: Tensor, num_groups: int) -> None:
+        counts = torch.bincount(group_of, minlength=num_groups)
+        self.num_groups, self.num_slots = num_groups, int(counts.max())
+        first_row = counts.cumsum(0) - counts
+        slot = torch.arange(len(group_of), device=group_of.device) - first_row[group_of]
+        self._place = group_of * self.num_slots + slot
+        self._is_full = len(group_of) == num_groups * self.num_slots
+
+    def spread(self, rows: Tensor, fill: int = 0) -> Tensor:
+        """[row, ...] to [group, slot, ...], `fill` where a slot has no row."""
+        shape = (self.num_groups, self.num_slots, *rows.shape[1:])
+        if self._is_full:
+            return rows.reshape(shape)
+        padded = rows.new_full((self.num_groups * self.num_slots, *rows.shape[1:]), fill)
+        padded[self._place] = rows
+        return padded.view(shape)
+
+    def gather(self, spread: Tensor) -> Tensor:
+        """[group, slot, ...] to [row, ...]."""
+        rows = spread.flatten(0, 1)
+        return rows if self._is_full else rows[self._place]
+
+    def heads(self, rows: Tensor) -> Tensor:
+        """[row, head, 1, size] to [group, head, slot, size], zero where a slot has no row."""
+        return self.spread(rows[:, :, 0]).transpose(1, 2)
+
+    def unheads(self, spread: Tensor) -> Tensor:
+        """[group, head, slot, size] to [row, head, 1, size]."""
+        return self.gather(spread.transpose(1, 2))[:, :, None]
 
 
 class Step:
@@ -111,37 +150,19 @@ class Step:
 
     def __init__(self, groups: Groups, group_of: Tensor, sample_of: Tensor) -> None:
         self._groups = groups
-        counts = torch.bincount(group_of, minlength=groups.num_groups)
-        self._num_slots = int(counts.max())
-        first_row = counts.cumsum(0) - counts
-        slot = torch.arange(len(group_of), device=group_of.device) - first_row[group_of]
-        self._place = group_of * self._num_slots + slot
-        self._is_full = len(group_of) == groups.num_groups * self._num_slots
-        samples = sample_of.new_full((groups.num_groups * self._num_slots,), _NOTHING)
-        samples[self._place] = sample_of
+        self._slots = Slots(group_of, groups.num_groups)
         self._start = groups.num_filled
-        self._mask = groups.claim(samples.view(groups.num_groups, self._num_slots))
+        self._mask = groups.claim(self._slots.spread(sample_of, _NOTHING))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        end = self._groups.num_filled
+        end, slots = self._groups.num_filled, self._slots
         keys, values = self._groups.stored(layer, key, value)
-        keys[:, :, self._start : end] = self._by_group(key)
-        values[:, :, self._start : end] = self._by_group(value)
-        seen = _attend(
-            self._by_group(query), keys[:, :, :end], values[:, :, :end], self._mask, scale
+        keys[:, :, self._start : end] = slots.heads(key)
+        values[:, :, self._start : end] = slots.heads(value)
+        seen = grouped_attention(
+            slots.heads(query), keys[:, :, :end], values[:, :, :end], self._mask, scale
         )
-        rows = seen.transpose(1, 2).flatten(0, 1)
-        return (rows if self._is_full else rows[self._place])[:, :, None]
-
-    def _by_group(self, rows: Tensor) -> Tensor:
-        """[row, head, 1, size] to [group, head, slot, size], zero where a slot has no row."""
-        num_groups, num_slots = self._groups.num_groups, self._num_slots
-        packed = rows[:, :, 0]
-        if not self._is_full:
-            padded = packed.new_zeros((num_groups * num_slots, *packed.shape[1:]))
-            padded[self._place] = packed
-            packed = padded
-        return packed.view(num_groups, num_slots, *packed.shape[1:]).transpose(1, 2)
+        return slots.unheads(seen)
 
 
 def attention(
@@ -165,7 +186,12 @@ def attention(
     return shared_prompt.attend(layer, query, key, value, scale).transpose(1, 2), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+AttentionInterface.register(ATTENTION, attention)
+
+
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Tensor:
     """[batch, query head, query, size] over [batch, key head, column, size], grouped heads.
 
     Query heads that share a key head become queries of that head: keys are read once and never
@@ -180,6 +206,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: floa
     return seen.reshape(batch, num_heads, num_queries, value.shape[3])
 
 
-def _additive(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
     mask = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device)
     return mask.masked_fill_(~is_seen, float("-inf"))

@@ -23,7 +23,7 @@ from rso.decoding import (
     Progress,
     Request,
     Sampling,
-    refuse_encoder_decoder,
+    num_drawn,
     require_room,
     stop_token_ids,
 )
@@ -55,7 +55,13 @@ class VllmDecoder:
     def __init__(
         self, directory: str, *, dtype: str = "bfloat16", max_model_len: int | None = None
     ) -> None:
-        refuse_encoder_decoder(AutoConfig.from_pretrained(directory))
+        config = AutoConfig.from_pretrained(directory)
+        if config.is_encoder_decoder:
+            raise UserError(
+                f"the vllm engine decodes decoder-only models, and {directory} is of the "
+                f"encoder-decoder architecture {config.model_type!r}. Use the transformers engine "
+                "(decode.engine=transformers)."
+            )
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
         self._stop_ids = stop_token_ids(_generation_config(directory), self._tokenizer)
         self._lock = threading.Lock()
@@ -122,8 +128,8 @@ class VllmDecoder:
         from vllm import SamplingParams
 
         return SamplingParams(
-            # greedy samples are all the same, and vLLM refuses to compute several
-            n=1 if sampling.temperature == 0 else sampling.num_samples,
+            # vLLM refuses to compute several greedy samples
+            n=num_drawn(sampling),
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
