@@ -1,10 +1,12 @@
 """The paper's baselines and further rounds, as settings of the same stages, on the tiny run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import system
 from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM
 
 from rso.errors import UserError
 from rso.models import model_digest
@@ -118,3 +120,21 @@ def test_mistake_found_by_one_of_two_processes_is_a_sentence(
     changes = ("compute.num_processes=2", "train_sft.freeze_layers=9")
     with pytest.raises(UserError, match=r"train_sft.freeze_layers is 9, but the model has 2"):
         run_stage(run.graph(*changes), "train_sft")
+
+
+def test_encoder_decoder_runs_the_whole_recipe(
+    make_t5: Callable[..., str], tiny_run: system.Run, tmp_path: Path
+) -> None:
+    """T5 as policy and as both rankers, as in the paper; decoded, scored, paired, trained, judged."""
+    model = make_t5(tmp_path / "t5")
+    run = system.Run(tiny_run.path, tmp_path / "store")
+    changes = (f"model={model}", "templates.prompt='{prompt}'", "prepare.max_prompt_tokens=200")
+    assert not any(system.run_all(run.config(*changes)).values())
+    rows = {name: run.artifact(name, *changes).manifest.rows for name in ("decode", "score")}
+    assert rows["decode"]["candidates"] == rows["score"]["rewards"] == 16 * 6
+    pairs = run.artifact("pair", *changes)
+    assert pairs.manifest.rows["pairs"] > 0
+    policy = run.artifact("train_policy", *changes)
+    assert policy.manifest.counters["max_step_zero_nats_per_token"] < 1e-4
+    opened = AutoModelForSeq2SeqLM.from_pretrained(policy.output("policy"))
+    assert opened.config.model_type == "t5"
