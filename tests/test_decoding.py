@@ -276,12 +276,10 @@ def test_transformers_decode_equals_one_sample_at_a_time(
         ("transformers_engine.ROWS_PER_WAVE", 1),
         ("transformers_engine.ROWS_PER_WAVE", 9),
         ("transformers_engine.BYTES_PER_WAVE", 1),
-        ("causal.COLUMNS_PER_GROUP", 1),
-        ("causal.COLUMNS_PER_GROUP", 32),
         ("causal.TOKENS_PER_PREFILL", 1),
         ("causal.TOKENS_PER_PREFILL", 40),
-        ("causal.LIVE_SHARE", 0.0),
-        ("causal.LIVE_SHARE", 1.0),
+        ("shared_prompt.LIVE_SHARE", 0.0),
+        ("shared_prompt.LIVE_SHARE", 1.0),
     ],
 )
 def test_transformers_decode_batching_changes_nothing(
@@ -454,6 +452,25 @@ def test_draw_any_filter_equals_the_plain_transcription(
     # rounding may move a boundary, so a uniform beside it may fall on either side
     near = {plain_choice(row, sampling, u) for u in (uniform - 1e-6, uniform, uniform + 1e-6)}
     assert drawn in near
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.integers(1, 3000),
+    count=st.integers(1, 20),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_top_logits_equal_those_of_a_full_sort(
+    size: int, count: int, dtype: torch.dtype, seed: int
+) -> None:
+    count = min(count, size)
+    logits = torch.randn(3, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    top, token_ids = draws.top_logits(logits, count)
+    expected = logits.float().sort(dim=-1, descending=True).values[:, :count]
+    assert torch.equal(top, expected)
+    assert torch.equal(logits.gather(-1, token_ids).float(), expected)
+    assert all(len(set(row)) == count for row in token_ids.tolist())
 
 
 def test_keyed_uniforms_depend_on_seed_prompt_and_sample_alone() -> None:

@@ -125,7 +125,7 @@ def test_mistake_found_by_one_of_two_processes_is_a_sentence(
 def test_encoder_decoder_runs_the_whole_recipe(
     make_t5: Callable[..., str], tiny_run: system.Run, tmp_path: Path
 ) -> None:
-    """T5 as policy and as both rankers, as in the paper; decoded, scored, paired, trained, judged."""
+    """T5 as policy and as both rankers, as in the paper."""
     model = make_t5(tmp_path / "t5")
     run = system.Run(tiny_run.path, tmp_path / "store")
     changes = (f"model={model}", "templates.prompt='{prompt}'", "prepare.max_prompt_tokens=200")

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from rso.decoding import Sampling, num_drawn
-from rso.decoding.shared_prompt import Slots, additive, grouped_attention
+from rso.decoding.shared_prompt import Slots, across, additive
 
 ATTENTION = "rso_shared_encoder"
 """The name of `attention` in transformers' registry of attention functions."""
@@ -54,10 +54,7 @@ def attention(
             query, key, value, attn_mask=position_bias.to(query.dtype), scale=scaling
         )
     else:
-        slots = readers.slots
-        seen = slots.unheads(
-            grouped_attention(slots.heads(query), key, value, readers.mask, scaling)
-        )
+        seen, _ = across(query, key, value, readers.mask, readers.slots, scaling)
     return seen.transpose(1, 2), None
 
 
@@ -109,7 +106,7 @@ class EncoderDecoderWave:
         return int(2 * config.num_decoder_layers * config.num_heads * config.d_kv * columns)
 
     def first_logits(self) -> Tensor:
-        """Encode the prompts; fp32 logits [prompt, vocabulary] after the decoder's start token."""
+        """Encode the prompts; logits [prompt, vocabulary] after the decoder's start token."""
         mask = torch.arange(self._ids.shape[1], device=self._ids.device) < self._lengths[:, None]
         encoded = self._model.get_encoder()(input_ids=self._ids, attention_mask=mask)
         self._encoded = BaseModelOutput(last_hidden_state=encoded.last_hidden_state)
@@ -120,7 +117,7 @@ class EncoderDecoderWave:
         return logits
 
     def next_logits(self, tokens: Tensor, live: Tensor, step: int) -> Tensor:
-        """fp32 logits [row, vocabulary] after `tokens` [row], the `step`-th of the samples `live`.
+        """Logits [row, vocabulary] after `tokens` [row], the `step`-th of the samples `live`.
 
         `live` is ascending, and what is missing in it never comes back.
         """
@@ -139,4 +136,4 @@ class EncoderDecoderWave:
             readers=Readers(prompt_of, self._mask),
         )
         logits: Tensor = output.logits[:, -1]
-        return logits.float()
+        return logits

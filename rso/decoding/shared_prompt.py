@@ -1,9 +1,9 @@
 """Attention for many samples of a prompt: its keys and values are stored and read once.
 
-A *group* is one prompt and some of its samples. All keys of a group lie side by side: first the
-prompt, then one column a sample for each step. A sample's query sees the prompt and the columns
-that the sample owns. Samples are packed one a row in the rest of the model, so that a finished
-sample costs nothing there, and are laid out by group for attention alone.
+A sample's query attends to its prompt, together with the queries of the prompt's other samples, and
+to the sample's own tokens. The two see disjoint keys, so their softmaxes merge by their
+log-sum-exps. Samples are packed one a row in the rest of the model, so that a finished sample costs
+nothing there.
 """
 
 from typing import Any
@@ -16,90 +16,117 @@ from transformers import AttentionInterface
 ATTENTION = "rso_shared_prompt"
 """The name of `attention` in transformers' registry of attention functions."""
 
-PROMPT = -1
-"""The owner of columns that all samples of the group see."""
-_NOTHING = -2
+# Below this share of live rows the keys of the finished ones are dropped, which is a copy.
+LIVE_SHARE = 0.75
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-class Groups:
-    """The keys and values of some prompts and of the samples that continue them.
+class Stored:
+    """Keys and values, float [row, head, column, size] a layer; zero until they are written."""
+
+    def __init__(self, num_rows: int, num_columns: int) -> None:
+        self.num_rows, self._num_columns = num_rows, num_columns
+        self._of_layer: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the buffers of a layer; `key` and `value` say head, size and type."""
+        if layer not in self._of_layer:
+            keys, values = (
+                # zeros, as masked columns are read too and NaN times zero is NaN
+                new.new_zeros(self.num_rows, new.shape[1], self._num_columns, new.shape[3])
+                for new in (key, value)
+            )
+            self._of_layer[layer] = keys, values
+        return self._of_layer[layer]
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all but `rows` (int64), which are renumbered in order."""
+        self.num_rows = len(rows)
+        for layer, (keys, values) in self._of_layer.items():
+            self._of_layer[layer] = keys[rows], values[rows]
+
+
+class Prompts:
+    """The keys and values of some prompts, right-padded.
 
     Args:
-        lengths: the number of prompt tokens that `Prefill` brings, int64 [group].
-        num_columns: the most keys that a group will hold.
+        lengths: tokens of each prompt, int64 [prompt].
     """
 
-    def __init__(self, lengths: Tensor, num_columns: int, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.num_filled = int(lengths.max())
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
-        self._owner = lengths.new_full((len(lengths), num_columns), _NOTHING)
-        columns = torch.arange(num_columns, device=lengths.device)
-        self._owner[columns < lengths[:, None]] = PROMPT
-
-    @property
-    def num_groups(self) -> int:
-        return self._owner.shape[0]
-
-    def keep(self, groups: Tensor) -> None:
-        """Forget all groups but `groups` (int64, ascending), which are renumbered in order."""
-        self._owner = self._owner[groups]
-        for stored in (self._keys, self._values):
-            for layer in stored:
-                stored[layer] = stored[layer][groups]
-
-    def stored(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the layer's keys and values, float [group, head, column, size]."""
-        if layer not in self._keys:
-            for tensors, example in ((self._keys, key), (self._values, value)):
-                shape = (self.num_groups, example.shape[1], self._owner.shape[1], example.shape[3])
-                # zeros, as masked columns are read too and NaN times zero is NaN
-                tensors[layer] = example.new_zeros(shape)
-        return self._keys[layer], self._values[layer]
-
-    def claim(self, samples: Tensor) -> Tensor:
-        """Give each of `samples` (int64 [group, slot]) a column.
-
-        Returns the additive mask [group, 1, slot, column] of what the samples see.
-        """
-        start = self.num_filled
-        self.num_filled += samples.shape[1]
-        self._owner[:, start : self.num_filled] = samples
-        owner = self._owner[:, None, None, : self.num_filled]
-        return additive((owner == samples[:, None, :, None]) | (owner == PROMPT), self.dtype)
+    def __init__(self, lengths: Tensor, dtype: torch.dtype) -> None:
+        self.lengths = lengths
+        self.stored = Stored(len(lengths), int(lengths.max()))
+        columns = torch.arange(int(lengths.max()), device=lengths.device)
+        is_prompt = columns < lengths[:, None]
+        # without a mask attention is faster
+        self.mask = None if is_prompt.all() else additive(is_prompt[:, None, None], dtype)
 
 
 class Prefill:
-    """Attention over prompt tokens, right-padded, from column `start` of consecutive groups.
+    """Attention over the tokens from column `start` to `end` of consecutive prompts.
 
-    The rows of the model are prompts, each of which fills `num_copies` groups from `first_group`.
+    With one row for several prompts they all begin with these tokens.
     """
 
-    def __init__(
-        self, groups: Groups, first_group: int, num_rows: int, num_copies: int, start: int, end: int
-    ) -> None:
-        self._groups = groups
-        self._rows = slice(first_group, first_group + num_rows * num_copies)
-        self._num_copies, self._start, self._end = num_copies, start, end
-        device = groups._owner.device
-        columns = torch.arange(end, device=device)
-        is_seen = columns <= torch.arange(start, end, device=device)[:, None]
+    def __init__(self, prompts: Prompts, rows: slice, start: int, end: int) -> None:
+        self._prompts, self._rows, self._columns = prompts, rows, slice(start, end)
+        columns = torch.arange(end, device=prompts.lengths.device)
+        is_seen = columns <= columns[start:, None]
         # plain causal attention needs no mask, and is faster without one
-        self._mask = additive(is_seen[None, None], groups.dtype) if start else None
+        self._is_seen = is_seen if start else None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        columns = slice(self._start, self._end)
-        rows, copies = self._rows, self._num_copies
-        stored = self._groups.stored(layer, key, value)
-        for buffer, new in zip(stored, (key, value), strict=True):
-            buffer[rows, :, columns] = new.repeat_interleave(copies, dim=0)
-        if self._mask is None:
+        keys, values = self._prompts.stored.layer(layer, key, value)
+        keys[self._rows, :, self._columns] = key
+        values[self._rows, :, self._columns] = value
+        if self._is_seen is None:
             return scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scale, enable_gqa=True
             )
-        keys, values = (buffer[rows][::copies, :, : self._end] for buffer in stored)
-        return grouped_attention(query, keys, values, self._mask, scale)
+        seen = (buffer[self._rows, :, : self._columns.stop] for buffer in (keys, values))
+        mask = additive(self._is_seen, query.dtype)
+        return scaled_dot_product_attention(
+            query, *seen, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+
+
+class LastToken:
+    """Attention of the last token of each prompt, one a row, over the whole prompt."""
+
+    def __init__(self, prompts: Prompts) -> None:
+        self._prompts = prompts
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        prompts = self._prompts
+        keys, values = prompts.stored.layer(layer, key, value)
+        place = torch.arange(len(prompts.lengths), device=key.device), slice(None)
+        keys[*place, prompts.lengths - 1] = key[:, :, 0]
+        values[*place, prompts.lengths - 1] = value[:, :, 0]
+        return scaled_dot_product_attention(
+            query, keys, values, attn_mask=prompts.mask, scale=scale, enable_gqa=True
+        )
+
+
+class Samples:
+    """The keys and values of the samples' own tokens.
+
+    Args:
+        numbers: int64 [row], ascending: the sample of each row; what is left of them later.
+        num_columns: the most tokens of a sample.
+    """
+
+    def __init__(self, numbers: Tensor, num_columns: int) -> None:
+        self.stored = Stored(len(numbers), num_columns)
+        self.num_filled = 0
+        self._numbers = numbers
+
+    def advance(self, live: Tensor) -> Tensor:
+        """Take a column for a token of each of the samples `live`; their rows, int64 [sample]."""
+        if len(live) < LIVE_SHARE * len(self._numbers):
+            self.stored.keep(torch.searchsorted(self._numbers, live))
+            self._numbers = live
+        self.num_filled += 1
+        return torch.searchsorted(self._numbers, live)
 
 
 class Slots:
@@ -117,12 +144,12 @@ class Slots:
         self._place = group_of * self.num_slots + slot
         self._is_full = len(group_of) == num_groups * self.num_slots
 
-    def spread(self, rows: Tensor, fill: int = 0) -> Tensor:
-        """[row, ...] to [group, slot, ...], `fill` where a slot has no row."""
+    def spread(self, rows: Tensor) -> Tensor:
+        """[row, ...] to [group, slot, ...], zero where a slot has no row."""
         shape = (self.num_groups, self.num_slots, *rows.shape[1:])
         if self._is_full:
             return rows.reshape(shape)
-        padded = rows.new_full((self.num_groups * self.num_slots, *rows.shape[1:]), fill)
+        padded = rows.new_zeros(self.num_groups * self.num_slots, *rows.shape[1:])
         padded[self._place] = rows
         return padded.view(shape)
 
@@ -131,38 +158,49 @@ class Slots:
         rows = spread.flatten(0, 1)
         return rows if self._is_full else rows[self._place]
 
-    def heads(self, rows: Tensor) -> Tensor:
-        """[row, head, 1, size] to [group, head, slot, size], zero where a slot has no row."""
-        return self.spread(rows[:, :, 0]).transpose(1, 2)
-
-    def unheads(self, spread: Tensor) -> Tensor:
-        """[group, head, slot, size] to [row, head, 1, size]."""
-        return self.gather(spread.transpose(1, 2))[:, :, None]
-
 
 class Step:
-    """Attention of one new token a row.
+    """Attention of one new token a row: over its prompt and over its sample.
 
     Args:
-        group_of: int64 [row], ascending: the group of each row of the model.
-        sample_of: int64 [row], unique within a group: who owns the row's keys, or `PROMPT`.
+        live: int64 [row], ascending: the sample of each row.
+        prompt_of: int64 [row]: its prompt.
     """
 
-    def __init__(self, groups: Groups, group_of: Tensor, sample_of: Tensor) -> None:
-        self._groups = groups
-        self._slots = Slots(group_of, groups.num_groups)
-        self._start = groups.num_filled
-        self._mask = groups.claim(self._slots.spread(sample_of, _NOTHING))
+    def __init__(self, prompts: Prompts, samples: Samples, live: Tensor, prompt_of: Tensor) -> None:
+        self._prompts, self._samples = prompts, samples
+        self._place = samples.advance(live)
+        self._slots = Slots(prompt_of, len(prompts.lengths))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        end, slots = self._groups.num_filled, self._slots
-        keys, values = self._groups.stored(layer, key, value)
-        keys[:, :, self._start : end] = slots.heads(key)
-        values[:, :, self._start : end] = slots.heads(value)
-        seen = grouped_attention(
-            slots.heads(query), keys[:, :, :end], values[:, :, :end], self._mask, scale
+        end, place = self._samples.num_filled, self._place
+        keys, values = self._samples.stored.layer(layer, key, value)
+        keys[place, :, end - 1] = key[:, :, 0]
+        values[place, :, end - 1] = value[:, :, 0]
+        # [row, key head, query heads that share it, size]
+        folded = query.view(len(query), key.shape[1], -1, query.shape[3])
+        own, own_total = self._own(folded, keys[:, :, :end], values[:, :, :end], scale)
+        shared, shared_total = across(
+            folded,
+            *self._prompts.stored.layer(layer, key, value),
+            self._prompts.mask,
+            self._slots,
+            scale,
         )
-        return slots.unheads(seen)
+        share = torch.sigmoid(own_total - shared_total)[..., None]
+        seen = torch.lerp(shared.float(), own.float(), share).to(query.dtype)
+        return seen.flatten(1, 2)[:, :, None]
+
+    def _own(
+        self, folded: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        if len(keys) == len(folded):
+            return with_total(folded, keys, values, None, scale)
+        # rows of finished samples are still stored, and answer to nobody
+        spread = folded.new_zeros(len(keys), *folded.shape[1:])
+        spread[self._place] = folded
+        seen, total = with_total(spread, keys, values, None, scale)
+        return seen[self._place], total[self._place]
 
 
 def attention(
@@ -172,7 +210,7 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    shared_prompt: Prefill | Step,
+    shared_prompt: Prefill | LastToken | Step,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -189,23 +227,43 @@ def attention(
 AttentionInterface.register(ATTENTION, attention)
 
 
-def grouped_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
-) -> Tensor:
-    """[batch, query head, query, size] over [batch, key head, column, size], grouped heads.
+def across(
+    folded: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, slots: Slots, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend from rows to the keys of their group: `with_total` of each row.
 
-    Query heads that share a key head become queries of that head: keys are read once and never
-    repeated in memory.
+    Takes queries [row, key head, query, size] and keys [group, key head, column, size]. All queries
+    of a group go over its keys together: keys are read once and never repeated in memory.
     """
-    batch, num_heads, num_queries, size = query.shape
-    num_shared = num_heads // key.shape[1]
-    folded = query.reshape(batch, key.shape[1], num_shared * num_queries, size)
-    seen = scaled_dot_product_attention(
-        folded, key, value, attn_mask=mask.repeat(1, 1, num_shared, 1), scale=scale
-    )
-    return seen.reshape(batch, num_heads, num_queries, value.shape[3])
+    num_heads, num_queries, size = folded.shape[1:]
+    # [group, key head, slot x query, size]
+    together = slots.spread(folded).transpose(1, 2).flatten(2, 3)
+    seen, total = with_total(together, keys, values, mask, scale)
+    shape = (slots.num_groups, num_heads, slots.num_slots, num_queries)
+    seen = seen.reshape(*shape, size).transpose(1, 2)
+    return slots.gather(seen), slots.gather(total.reshape(shape).transpose(1, 2))
+
+
+def with_total(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return attention [row, head, query, size] and the log-sum-exp of its scores, fp32.
+
+    `mask` is additive and broadcasts to [row, head, query, column].
+    """
+    if query.device.type == "cpu":
+        if mask is not None:
+            mask = mask.expand(*query.shape[:3], key.shape[2])
+        seen, total = _flash(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+        return seen, total
+    scores = (query @ key.transpose(2, 3)).float() * scale
+    if mask is not None:
+        scores = scores + mask
+    total = scores.logsumexp(-1)
+    return (scores - total[..., None]).exp().to(value.dtype) @ value, total
 
 
 def additive(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to scores: 0 where `is_seen`, else minus infinity."""
     mask = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device)
     return mask.masked_fill_(~is_seen, float("-inf"))
