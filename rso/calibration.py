@@ -125,9 +125,8 @@ class PositionalBias:
     """What the slot alone is worth to a ranker, over pairs that it compared in both orders.
 
     `mean` is that of (z_AB + z_BA) / 2, nats, positive when slot A is favoured, with a bootstrap
-    interval; `spread` is its standard deviation over pairs. A reward is taken in one order: a
-    constant bias cancels in the differences of rewards, its spread does not. `flips` is the share
-    of pairs in which the same slot wins in both orders, so that the order decides the verdict.
+    interval; `spread` is its standard deviation over pairs. `flips` is the share of pairs in
+    which the same slot wins in both orders, so that the order decides the verdict.
     """
 
     mean: Interval

@@ -13,6 +13,8 @@ from pipelines.score import RankerSource, ScoreShard
 from pipelines.shards import Dataset, Plan, map_shards
 from rso import seeds
 from rso.calibration import judge
+from rso.config import Templates
+from rso.models import load_tokenizer
 from rso.ranking import Comparison, WeightedRanker
 from stages import score
 from stages.runner import run_stage
@@ -96,7 +98,7 @@ def plant(directory: str, nats: float) -> None:
     weights = load_file(path)
     weights["model.layers.1.mlp.down_proj.bias"][0] = 1e4
     weights["lm_head.weight"][:, 0] = 0
-    labels = load(directory)._encoder.labels
+    labels = RankerEncoder(load_tokenizer(directory), Templates()).labels
     weights["lm_head.weight"][labels.a, 0] = nats / np.sqrt(32)
     save_file(weights, path, metadata={"format": "pt"})
 
@@ -112,9 +114,7 @@ def test_score_shows_the_bias_of_a_ranker_that_likes_a_slot(
     run_stage(run.graph(*changes), "score")
     counters = run.artifact("score", *changes).manifest.counters
     assert counters["positional_bias"] == pytest.approx(nats, abs=0.02)
-    assert (
-        counters["positional_bias_low"] <= nats + 0.02 and counters["positional_bias_spread"] < 0.02
-    )
+    assert counters["positional_bias_spread"] < 0.02
     assert counters["verdicts_flipped"] == 1.0 and counters["flipped_pairs"] == 16
     # Both orders are averaged on held-out comparisons, so there the bias does no harm.
     assert counters["believed"] == pytest.approx(0.5, abs=0.01)
