@@ -16,6 +16,7 @@ from rso.calibration import judge
 from rso.config import Templates
 from rso.models import load_tokenizer
 from rso.ranking import Comparison, WeightedRanker
+from rso.templates import RankerEncoder
 from stages import score
 from stages.runner import run_stage
 from tests.test_objectives import load, objectives
