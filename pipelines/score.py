@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.shards import Shard
-from pipelines.tables import IDS, by_prompt, require_same_ids
-from rso import config
+from pipelines.tables import by_prompt, require_same_ids, table_of
+from rso import config, ids, seeds
 from rso.objectives import weighted_sum
 from rso.progress import progress
-from rso.ranking import Candidates, Ranker, WeightedRanker, load_ranker
+from rso.ranking import Candidates, Comparison, Float32, Ranker, WeightedRanker, load_ranker
 from schemas import SCHEMAS
 
 
@@ -50,35 +52,48 @@ class WeightedSource:
 AnyRanker = RankerSource | WeightedSource
 
 
+HELD_OUT, CANDIDATES = "held_out", "candidates"
+Row = dict[str, Any]
+
+
+class Scored(NamedTuple):
+    """The candidates of one prompt; the baseline is one of them."""
+
+    prompt_id: str
+    response_ids: list[str]
+    baseline: int
+    texts: Candidates
+
+    @property
+    def baseline_id(self) -> str:
+        """The response_id of the baseline."""
+        return self.response_ids[self.baseline]
+
+
 @dataclass(frozen=True)
 class ScoreShard:
-    """Candidates to `rewards`: baseline in slot A, candidate in slot B, logit_B - logit_A."""
+    """Candidates to `rewards`: baseline in slot A, candidate in slot B, logit_B - logit_A.
+
+    Beside them `checks`: both orders of the held-out comparisons, and of one pair of baseline and
+    candidate, drawn by key, for each prompt in `flipped`.
+    """
 
     ranker: RankerSource
+    flipped: frozenset[str]
+    seed: int
 
     def setup(self) -> Ranker:
         """Load the ranker."""
         return self.ranker.load()
 
     def __call__(self, ranker: Ranker, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return the rewards of the shard's candidates; every prompt has exactly one baseline."""
+        """Return rewards and checks of the shard; every prompt has exactly one baseline."""
         candidates = tables["candidates"]
-        prompts = dict(
-            zip(
-                tables["prompts"]["prompt_id"].to_pylist(),
-                tables["prompts"]["prompt"].to_pylist(),
-                strict=True,
-            )
-        )
-        scored, baseline_ids = [], []
-        for prompt_id, group in by_prompt(candidates):
-            responses = group["response"].to_pylist()
-            (baseline,) = np.flatnonzero(group["is_baseline"].to_numpy(zero_copy_only=False))
-            baseline_ids += [group["response_id"][int(baseline)].as_py()] * len(group)
-            scored.append(Candidates(prompts[prompt_id], responses[int(baseline)], responses))
+        scored = _scored(tables)
         with progress("score", total=len(candidates), unit="responses") as bar:
-            rewards = ranker.rewards_many(scored, progress=bar)
+            rewards = ranker.rewards_many([one.texts for one in scored], progress=bar)
         flat = np.concatenate([*rewards, np.empty(0, np.float32)]).astype(np.float32)
+        baseline_ids = [one.baseline_id for one in scored for _ in one.response_ids]
         table = pa.Table.from_arrays(
             [
                 candidates["prompt_id"],
@@ -89,9 +104,10 @@ class ScoreShard:
             ],
             schema=SCHEMAS["rewards"],
         )
-        distinct = sum(len(set(one.responses)) for one in scored)
+        checks = self._flips(ranker, scored, rewards) + _held_out(ranker, tables["comparisons"])
+        distinct = sum(len(set(one.texts.responses)) for one in scored)
         return Shard(
-            {"rewards": table},
+            {"rewards": table, "checks": table_of("checks", checks)},
             {
                 "prompts": len(scored),
                 "responses": len(candidates),
@@ -102,15 +118,94 @@ class ScoreShard:
             },
         )
 
+    def _flips(
+        self, ranker: Ranker, scored: Sequence[Scored], rewards: Sequence[Float32]
+    ) -> list[Row]:
+        """A reward is the order with the baseline first, negated; only the other is computed.
+
+        A prompt whose candidates all have the text of the baseline has no pair.
+        """
+        pairs = [
+            (one, other, float(found[other]))
+            for one, found in zip(scored, rewards, strict=True)
+            if one.prompt_id in self.flipped
+            for other in self._draw(one)
+        ]
+        backward = ranker.compare(
+            [
+                Comparison(one.texts.prompt, one.texts.responses[other], one.texts.baseline)
+                for one, other, _ in pairs
+            ]
+        )
+        return [
+            {
+                "prompt_id": one.prompt_id,
+                "comparison_id": ids.pair_id(
+                    one.prompt_id, one.baseline_id, one.response_ids[other]
+                ),
+                "origin": CANDIDATES,
+                "first_id": one.baseline_id,
+                "second_id": one.response_ids[other],
+                "forward": -reward,
+                "backward": float(z),
+            }
+            for (one, other, reward), z in zip(pairs, backward, strict=True)
+        ]
+
+    def _draw(self, one: Scored) -> list[int]:
+        """Return which candidate is flipped, or none; drawn among those with another text."""
+        others = [i for i, text in enumerate(one.texts.responses) if text != one.texts.baseline]
+        order = seeds.order(
+            [one.response_ids[i] for i in others], "flipped", self.seed, one.prompt_id
+        )
+        return [others[int(i)] for i in order[:1]]
+
+
+def _scored(tables: Mapping[str, pa.Table]) -> list[Scored]:
+    prompts = dict(
+        zip(
+            tables["prompts"]["prompt_id"].to_pylist(),
+            tables["prompts"]["prompt"].to_pylist(),
+            strict=True,
+        )
+    )
+    scored = []
+    for prompt_id, group in by_prompt(tables["candidates"]):
+        responses = group["response"].to_pylist()
+        (baseline,) = np.flatnonzero(group["is_baseline"].to_numpy(zero_copy_only=False))
+        texts = Candidates(prompts[prompt_id], responses[baseline], responses)
+        scored.append(Scored(prompt_id, group["response_id"].to_pylist(), int(baseline), texts))
+    return scored
+
+
+def _held_out(ranker: Ranker, comparisons: pa.Table) -> list[Row]:
+    rows = comparisons.filter(pc.field("split") == "validation").to_pylist()
+    both = ranker.both_orders([Comparison(r["prompt"], r["chosen"], r["rejected"]) for r in rows])
+    return [
+        {
+            "prompt_id": row["prompt_id"],
+            "comparison_id": row["comparison_id"],
+            "origin": HELD_OUT,
+            "first_id": row["chosen_id"],
+            "second_id": row["rejected_id"],
+            "forward": float(forward),
+            "backward": float(backward),
+        }
+        for row, forward, backward in zip(rows, *both, strict=True)
+    ]
+
 
 def scored_by(name: str) -> str:
-    """Return the name of the table of rewards by the objective `name`."""
+    """Return the folder in which the tables of scoring by the objective `name` are kept."""
     return f"score_{name}"
 
 
 @dataclass(frozen=True)
 class CombineShard:
-    """The `rewards` by each objective to those of the run: sums with `factors`, by name."""
+    """`rewards` and `checks` by each objective to those of the run: sums with `factors`, by name.
+
+    Both are linear in the rankers' logits, so no ranker is asked again.
+    """
 
     factors: Mapping[str, float]
 
@@ -118,25 +213,43 @@ class CombineShard:
         """Nothing to load."""
 
     def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return the combined rewards, with those by each objective beside them."""
-        found = {scored_by(name): tables[scored_by(name)] for name in self.factors}
-        for name, table in found.items():
-            require_same_ids("score", **{name: table, "candidates": tables["candidates"]})
-        rewards = [table["reward"].to_numpy() for table in found.values()]
-        size, number = len(tables["candidates"]), len(rewards)
+        """Return the combined tables, rewards with those by each objective beside them."""
+        rewards, checks = (
+            [tables[f"{scored_by(name)}/{output}"] for name in self.factors]
+            for output in ("rewards", "checks")
+        )
+        for name, table in zip(self.factors, rewards, strict=True):
+            require_same_ids(
+                "score", **{scored_by(name): table, "candidates": tables["candidates"]}
+            )
+        size, number = len(tables["candidates"]), len(self.factors)
+        values = [table["reward"].to_numpy() for table in rewards]
         by_name = pa.MapArray.from_arrays(
             pa.array(np.arange(0, (size + 1) * number, number), pa.int32()),
             pa.array(list(self.factors) * size, pa.string()),
-            pa.array(np.stack(rewards, axis=1).ravel(), pa.float32()),
+            pa.array(np.stack(values, axis=1).ravel(), pa.float32()),
         )
-        first = next(iter(found.values()))
-        combined = pa.Table.from_arrays(
-            [
-                *(first[name] for name in IDS),
-                pa.array(weighted_sum(rewards, list(self.factors.values()))),
-                first["baseline_id"],
-                by_name,
-            ],
-            schema=SCHEMAS["rewards"],
+        return Shard(
+            {
+                "rewards": _replaced(
+                    rewards[0], reward=self._sum(rewards, "reward"), objectives=by_name
+                ),
+                "checks": _replaced(
+                    checks[0],
+                    forward=self._sum(checks, "forward"),
+                    backward=self._sum(checks, "backward"),
+                ),
+            },
+            {},
         )
-        return Shard({"rewards": combined}, {})
+
+    def _sum(self, tables: Sequence[pa.Table], column: str) -> pa.Array:
+        values = [table[column].to_numpy() for table in tables]
+        return pa.array(weighted_sum(values, list(self.factors.values())))
+
+
+def _replaced(table: pa.Table, **columns: pa.Array) -> pa.Table:
+    for name, values in columns.items():
+        index = table.schema.get_field_index(name)
+        table = table.set_column(index, table.schema.field(index), values)
+    return table

@@ -1,5 +1,6 @@
 """Small plots as inline SVG; colours come from the page's style, so they follow light and dark."""
 
+import math
 from collections.abc import Sequence
 
 from markupsafe import Markup
@@ -83,6 +84,52 @@ def histogram(edges: Sequence[float], candidates: Sequence[int], accepted: Seque
         y_ticks=[(_y(v, 0.0, top), f"{100 * v:.0f} %") for v in (0.0, top)],
         x_name="reward below the prompt's best, in units of β",
         label="histogram of rewards of candidates and of accepted ones",
+    )
+
+
+def reliability(
+    believed: Sequence[float],
+    accuracy: Sequence[tuple[float, float, float]],
+    counts: Sequence[int],
+) -> Markup:
+    """Return a reliability curve: a point a bin, believed probability against observed accuracy.
+
+    `accuracy` is (value, low, high) of each bin. A point's area goes with the bin's count, and its
+    number can be read by pointing at it. The dashed diagonal is a ranker as sure as it is right.
+    """
+    left, right = 0.5, max(0.6, math.ceil(10 * max(believed)) / 10)
+    content = Markup('<line class="half" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(
+        _x(left, left, right), _x(right, left, right), _y(left, 0.0, 1.0), _y(right, 0.0, 1.0)
+    )
+    for probability, (value, low, high), count in zip(believed, accuracy, counts, strict=True):
+        x = _x(probability, left, right)
+        side = "below" if high < probability else "above" if low > probability else "open"
+        content += Markup(
+            '<g class="{}"><title>{} comparisons: believed {:.1f} %, right {:.1f} %, '
+            "interval {:.1f} to {:.1f} %</title>"
+            '<line class="interval" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>'
+            '<circle class="estimate" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"/></g>'
+        ).format(
+            side,
+            count,
+            100 * probability,
+            100 * value,
+            100 * low,
+            100 * high,
+            x,
+            x,
+            _y(low, 0.0, 1.0),
+            _y(high, 0.0, 1.0),
+            x,
+            _y(value, 0.0, 1.0),
+            2.5 + 3.5 * math.sqrt(count / max(counts)),
+        )
+    return _frame(
+        content,
+        x_ticks=[(_x(p, left, right), f"{100 * p:.0f}") for p in (left, right)],
+        y_ticks=[(_y(p, 0.0, 1.0), f"{100 * p:.0f} %") for p in (0.0, 0.5, 1.0)],
+        x_name="believed, %",
+        label="share of right preferences by the probability that the ranker gave them",
     )
 
 

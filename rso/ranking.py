@@ -57,8 +57,10 @@ class Ranker(Protocol):
         """Return z = (z_AB - z_BA) / 2 of each item, [items]; P(`a` is better) = sigmoid(z)."""
         ...
 
-    def positional_bias(self, items: Sequence[Comparison]) -> float:
-        """Return the mean of (z_AB + z_BA) / 2: positive when slot A is favoured."""
+    def both_orders(
+        self, items: Sequence[Comparison], progress: Bar | None = None
+    ) -> tuple[Float32, Float32]:
+        """Return z_AB and z_BA, each logit_A - logit_B [items]: `a` first, and `b` first."""
         ...
 
     def rewards_many(
@@ -114,11 +116,6 @@ class TransformersRanker:
         """
         forward, backward = self.both_orders(items, progress)
         return (forward - backward) / np.float32(2)
-
-    def positional_bias(self, items: Sequence[Comparison]) -> float:
-        """Return the mean of (z_AB + z_BA) / 2: positive when slot A is favoured."""
-        forward, backward = self.both_orders(items)
-        return float(np.mean((forward + backward) / 2, dtype=np.float64)) if len(items) else 0.0
 
     def both_orders(
         self, items: Sequence[Comparison], progress: Bar | None = None
@@ -233,10 +230,13 @@ class WeightedRanker:
         """Return z = (z_AB - z_BA) / 2 of each item, [items]."""
         return self._sum([ranker.preference(items, progress) for ranker in self._rankers])
 
-    def positional_bias(self, items: Sequence[Comparison]) -> float:
-        """Return the mean of (z_AB + z_BA) / 2: positive when slot A is favoured."""
-        biases = [ranker.positional_bias(items) for ranker in self._rankers]
-        return sum(f * bias for f, bias in zip(self._factors, biases, strict=True))
+    def both_orders(
+        self, items: Sequence[Comparison], progress: Bar | None = None
+    ) -> tuple[Float32, Float32]:
+        """Return z_AB and z_BA, each logit_A - logit_B [items]: `a` first, and `b` first."""
+        found = [ranker.both_orders(items, progress) for ranker in self._rankers]
+        forward, backward = zip(*found, strict=True)
+        return self._sum(forward), self._sum(backward)
 
     def rewards_many(
         self, items: Sequence[Candidates], progress: Bar | None = None

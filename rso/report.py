@@ -83,6 +83,17 @@ class HeldOutRanker:
 
 
 @dataclass(frozen=True)
+class ScoringRanker:
+    """How far the ranker that scored can be believed: counters of `score` and its bins of margin.
+
+    Without held-out comparisons there are no bins, without flipped pairs no bias in the counters.
+    """
+
+    counters: Mapping[str, float]
+    by_margin: Sequence[Row] = ()
+
+
+@dataclass(frozen=True)
 class Curve:
     """A training curve: points of (optimiser step, value)."""
 
@@ -142,6 +153,7 @@ class ReportData:
     stages: Sequence[StageSummary] = ()
     curves: Sequence[Curve] = ()
     rejection: Rejection | None = None
+    scoring: ScoringRanker | None = None
     rankers: Sequence[HeldOutRanker] = ()
     quarantine: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -173,6 +185,7 @@ def build(data: ReportData) -> str:
         system_names=SYSTEM_NAMES,
         judge_names=JUDGE_NAMES,
         judge_meanings=_judge_meanings(data),
+        reliability=_reliability(data.scoring),
         histogram=_histogram(data.rejection),
         curves=[(c, charts.line(c.points, c.metric)) for c in data.curves if len(c.points) > 1],
         total_seconds=sum(stage.seconds for stage in data.stages),
@@ -329,6 +342,16 @@ def _agreements(metrics: Sequence[Row]) -> list[dict[str, Any]]:
             forest = charts.forest(row["value"], row["low"], row["high"])
             rows.append({"judge": JUDGE_NAMES[judge], "row": row, "forest": forest})
     return rows
+
+
+def _reliability(scoring: ScoringRanker | None) -> str:
+    if scoring is None or not scoring.by_margin:
+        return ""
+    return charts.reliability(
+        [row["probability"] for row in scoring.by_margin],
+        [(row["accuracy"], row["accuracy_low"], row["accuracy_high"]) for row in scoring.by_margin],
+        [int(row["comparisons"]) for row in scoring.by_margin],
+    )
 
 
 def _histogram(rejection: Rejection | None) -> str:

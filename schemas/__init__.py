@@ -7,6 +7,7 @@ import pyarrow as pa
 from schemas import (
     accepted,
     candidates,
+    checks,
     comparisons,
     demonstrations,
     diagnostics,
@@ -29,6 +30,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "candidates": candidates.SCHEMA,
     "rewards": rewards.SCHEMA,
     "objectives": objectives.SCHEMA,
+    "checks": checks.SCHEMA,
     "accepted": accepted.SCHEMA,
     "diagnostics": diagnostics.SCHEMA,
     "pairs": pairs.SCHEMA,

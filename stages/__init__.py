@@ -137,8 +137,13 @@ def stages(config: Config) -> tuple[Stage, ...]:
             Stage(
                 "score",
                 "score",
-                {"prompts": "prepare/prompts", **candidates, **rankers},
-                ("rewards", "objectives"),
+                {
+                    "prompts": "prepare/prompts",
+                    "comparisons": comparisons,
+                    **candidates,
+                    **rankers,
+                },
+                ("rewards", "objectives", "checks"),
                 (*models, "score"),
                 "score",
                 objectives,

@@ -54,9 +54,11 @@ class Context:
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return a whole dataset input, shard after shard; only for what fits in memory."""
         source = self.inputs[name]
-        total = num_shards(source.directory)
-        tables = [read_shard(source.directory, source.output, i, total) for i in range(total)]
-        return pa.concat_tables([t.select(list(columns)) if columns else t for t in tables])
+        return _read(source.directory, source.output, columns)
+
+    def written(self, name: str) -> pa.Table:
+        """Return a whole dataset that this stage has written; only for what fits in memory."""
+        return _read(self.work.output(name), name)
 
     def map(
         self,
@@ -73,8 +75,8 @@ class Context:
 
         `inputs` may map each name to the columns that are read; otherwise all are. A stage of
         several passes reads its own `work_inputs` (outputs of an earlier pass) and
-        `scratch_inputs` (name to schema); `scratch_output` is the name under which the one output
-        of this pass is kept for a later one.
+        `scratch_inputs` (place to schema); `scratch_output` is the folder in which the outputs of
+        this pass are kept for a later one: `folder/output` is the place of each.
         """
         columns = inputs if isinstance(inputs, Mapping) else dict.fromkeys(inputs)
         sources = {
@@ -84,12 +86,19 @@ class Context:
         total = num_shards(next(iter(sources.values())).directory)
         sources |= {name: Dataset(self.work.output(name), name) for name in work_inputs}
         sources |= {
-            name: Dataset(f"{self.work.scratch}/{name}", schema)
-            for name, schema in (scratch_inputs or {}).items()
+            place: Dataset(f"{self.work.scratch}/{place}", schema)
+            for place, schema in (scratch_inputs or {}).items()
         }
         targets = {name: Dataset(self.work.output(name), name) for name in outputs}
         if scratch_output is not None:
-            (schema,) = outputs
-            targets = {schema: Dataset(f"{self.work.scratch}/{scratch_output}", schema)}
+            targets = {
+                name: Dataset(f"{self.work.scratch}/{scratch_output}/{name}", name)
+                for name in outputs
+            }
         plan = Plan(label, sources, targets, f"{self.work.scratch}/counters", total)
         return map_shards(function, plan, self.beam)
+
+
+def _read(directory: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    total = num_shards(directory)
+    return pa.concat_tables([read_shard(directory, name, i, total, columns) for i in range(total)])

@@ -11,7 +11,7 @@ from pipelines.tables import select_ids, table_of
 from rso.decoding import Sampling
 from rso.evaluation import metrics
 from rso.labelling import labeller
-from rso.parquet import num_shards, read_shard, write_shard
+from rso.parquet import write_shard
 from stages.context import Context, Outcome
 from stages.prompts import choose_prompts
 from stages.rankers import ranker_of_run
@@ -42,7 +42,7 @@ def run(context: Context) -> Outcome:
         "log-probabilities",
         MergeShard(*policies),
         inputs=["prompts"],
-        scratch_inputs={system: "generations" for system in SYSTEMS},
+        scratch_inputs={f"{system}/generations": "generations" for system in SYSTEMS},
         outputs=["generations"],
     )
     rankers = {
@@ -85,17 +85,10 @@ def _decodings(context: Context, system: str) -> dict[str, Decoding]:
 
 
 def _write_metrics(context: Context, prompt_ids: list[str]) -> None:
-    def rows(name: str) -> list[dict[str, object]]:
-        directory = context.work.output(name)
-        total = num_shards(directory)
-        return [
-            row for i in range(total) for row in read_shard(directory, name, i, total).to_pylist()
-        ]
-
     gold = context.config.comparisons.labeller
     figures = metrics(
-        rows("generations"),
-        rows("judgements"),
+        context.written("generations").to_pylist(),
+        context.written("judgements").to_pylist(),
         select_ids(context.table("prompts"), prompt_ids).to_pylist(),
         seed=context.config.seed,
         labeller=labeller(gold) if gold is not None else None,

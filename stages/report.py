@@ -14,6 +14,7 @@ from rso.report import (
     Curve,
     HeldOutRanker,
     ReportData,
+    ScoringRanker,
     build,
     pick_examples,
     rejection_summary,
@@ -49,6 +50,7 @@ def run(context: Context) -> Outcome:
         )
         if accepted is not None
         else None,
+        scoring=_scoring(artifacts["score"].manifest) if "score" in artifacts else None,
         rankers=list(_rankers(artifacts)),
         quarantine=Counter(
             row["reason"] for row in context.table("prepare/quarantine").to_pylist()
@@ -93,6 +95,10 @@ def _rankers(artifacts: dict[str, Artifact]) -> Iterator[HeldOutRanker]:
                 by_length=curves[f"{name}_by_length"],
                 advice=length_bias.advice(name, dict(artifact.manifest.counters)),
             )
+
+
+def _scoring(manifest: Manifest) -> ScoringRanker:
+    return ScoringRanker(manifest.counters, manifest.curves.get("reliability", ()))
 
 
 def _sampling(manifest: Manifest) -> dict[str, Any]:

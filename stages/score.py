@@ -1,36 +1,55 @@
-"""Candidates to rewards by the ranker, or several, against each prompt's baseline (eq. 7)."""
+"""Candidates to rewards by the ranker, or several, against each prompt's baseline (eq. 7).
 
+And how far that ranker can be believed: right and as sure as it is right on held-out comparisons,
+fair to both slots on flipped pairs of candidates.
+"""
+
+import logging
 from collections.abc import Mapping
 
-from pipelines.score import CombineShard, ScoreShard, scored_by
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.score import CANDIDATES, HELD_OUT, CombineShard, ScoreShard, scored_by
 from pipelines.shards import Counters
 from pipelines.tables import table_of
+from rso import seeds
+from rso.calibration import judge, positional_bias
 from rso.config import TRAINED
 from rso.fingerprint import canonical_json
 from rso.models import resolve
 from rso.objectives import coefficients, pooled_scale
 from rso.parquet import write_shard
-from stages.context import Context, Outcome
+from stages.context import Context, Curve, Outcome
 from stages.rankers import objective_rankers
 
-INPUTS = ("candidates", "prompts")
+logger = logging.getLogger(__name__)
+
+INPUTS = ("candidates", "prompts", "comparisons")
+OUTPUTS = ("rewards", "checks")
+# So many pairs give the mean bias to a tenth of its spread over pairs, and cost little, although a
+# flipped pair shares no prefix with the scoring. No setting: the settings of `score` are those of
+# every stage that asks its rankers, so another number would train another policy.
+MOST_FLIPPED = 128
 
 
 def run(context: Context) -> Outcome:
-    """Score every candidate by each objective, and combine them."""
+    """Score every candidate by each objective, combine them, and check what comes out."""
     objectives = context.config.score.rankers
     rankers = objective_rankers(context)
+    flipped = _flipped(context)
     scales = dict.fromkeys(rankers, 1.0)
     if len(rankers) == 1 and not context.config.score.standardise:
         (ranker,) = rankers.values()
-        counters = context.map("score", ScoreShard(ranker), inputs=INPUTS, outputs=["rewards"])
+        shard = ScoreShard(ranker, flipped, context.config.seed)
+        counters = context.map("score", shard, inputs=INPUTS, outputs=OUTPUTS)
     else:
         found = {
             name: context.map(
                 f"score {name}",
-                ScoreShard(ranker),
+                ScoreShard(ranker, flipped, context.config.seed),
                 inputs=INPUTS,
-                outputs=["rewards"],
+                outputs=OUTPUTS,
                 scratch_output=scored_by(name),
             )
             for name, ranker in rankers.items()
@@ -45,8 +64,10 @@ def run(context: Context) -> Outcome:
             "combine",
             CombineShard(dict(zip(rankers, factors, strict=True))),
             inputs={"candidates": ("prompt_id", "response_id")},
-            scratch_inputs={scored_by(name): "rewards" for name in rankers},
-            outputs=["rewards"],
+            scratch_inputs={
+                f"{scored_by(name)}/{output}": output for name in rankers for output in OUTPUTS
+            },
+            outputs=OUTPUTS,
         )
         counters = _by_objective(found)
     total = sum(objective.weight for objective in objectives)
@@ -62,7 +83,51 @@ def run(context: Context) -> Outcome:
         for objective in sorted(objectives, key=lambda objective: objective.name)
     ]
     write_shard(context.work.output("objectives"), "objectives", 0, 1, table_of("objectives", rows))
-    return Outcome(counters)
+    return _checked(context, counters)
+
+
+def _flipped(context: Context) -> frozenset[str]:
+    """Return the prompts of which a pair of candidates is flipped, drawn by key."""
+    prompt_ids = pc.unique(context.table("candidates", ["prompt_id"])["prompt_id"]).to_pylist()
+    order = seeds.order(prompt_ids, "flipped", context.config.seed)
+    return frozenset(prompt_ids[int(i)] for i in order[:MOST_FLIPPED])
+
+
+def _checked(context: Context, counters: Counters) -> Outcome:
+    """Return the counters with the figures of the ranker's checks, and its reliability curve.
+
+    Without held-out comparisons, or pairs to flip, their numbers are 0 and figures are left out.
+    """
+    checks = context.written("checks").sort_by("comparison_id")
+    held_out = checks.filter(pc.field("origin") == HELD_OUT)
+    pairs = checks.filter(pc.field("origin") == CANDIDATES)
+    figures: dict[str, float] = {"held_out_comparisons": len(held_out), "flipped_pairs": len(pairs)}
+    curves: dict[str, Curve] = {}
+    if len(held_out):
+        excess = _excess(context.table("comparisons", ["comparison_id", "chosen", "rejected"]))
+        forward, backward = (held_out[name].to_numpy() for name in ("forward", "backward"))
+        found = judge(
+            (forward - backward) / 2, [excess[i] for i in held_out["comparison_id"].to_pylist()]
+        )
+        figures |= found.figures
+        curves["reliability"] = [bin.figures for bin in found.by_margin]
+    else:
+        logger.warning(
+            "score: no comparison is in the validation split, so nothing says how often the ranker "
+            "is right; give some in the sources, or raise comparisons.num_validation_prompts."
+        )
+    if len(pairs):
+        forward, backward = (pairs[name].to_numpy() for name in ("forward", "backward"))
+        figures |= positional_bias(forward, backward, seed=context.config.seed).figures
+    return Outcome(counters | figures, curves)
+
+
+def _excess(comparisons: pa.Table) -> dict[str, int]:
+    """Return how many characters the chosen text of each comparison has more than the other."""
+    longer = pc.subtract(
+        pc.utf8_length(comparisons["chosen"]), pc.utf8_length(comparisons["rejected"])
+    )
+    return dict(zip(comparisons["comparison_id"].to_pylist(), longer.to_pylist(), strict=True))
 
 
 def _by_objective(found: Mapping[str, Counters]) -> Counters:

@@ -73,8 +73,10 @@ def test_weighted_ranker_is_the_weighted_sum_of_its_rankers(finished: system.Run
         assert getattr(both, method)(items) == pytest.approx(0.25 * one + 2 * other, abs=1e-6)
     one, other = (ranker.rewards_many(many)[0] for ranker in rankers)
     assert both.rewards_many(many)[0] == pytest.approx(0.25 * one + 2 * other, abs=1e-6)
-    biases = [ranker.positional_bias(items) for ranker in rankers]
-    assert both.positional_bias(items) == pytest.approx(0.25 * biases[0] + 2 * biases[1], abs=1e-6)
+    for mine, one, other in zip(
+        both.both_orders(items), *(ranker.both_orders(items) for ranker in rankers), strict=True
+    ):
+        assert mine == pytest.approx(0.25 * one + 2 * other, abs=1e-6)
 
 
 @pytest.mark.parametrize("standardise", [False, True])

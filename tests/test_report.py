@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -11,11 +12,19 @@ import pytest
 from rich.console import Console
 
 import schemas
-from rso import evaluation, report
+from rso import calibration, charts, evaluation, report
 from rso.diagnostics import curve
 from rso.labelling import labeller
 from rso.rejection import select
-from rso.report import Curve, ReportData, StageSummary, build, pick_examples, rejection_summary
+from rso.report import (
+    Curve,
+    ReportData,
+    ScoringRanker,
+    StageSummary,
+    build,
+    pick_examples,
+    rejection_summary,
+)
 from tests.test_diagnostics import gaussian, totals_of
 
 Rows = list[dict[str, Any]]
@@ -115,6 +124,23 @@ def betas() -> list[dict[str, float]]:
     return curve({beta: totals_of(gaussian(), beta) for beta in (0.0, 0.5, float("inf"))})
 
 
+def scoring(margins: list[float], flips: list[tuple[float, float]]) -> ScoringRanker:
+    """What `score` leaves of such margins on held-out comparisons and such flipped pairs."""
+    counters: dict[str, float] = {
+        "held_out_comparisons": len(margins),
+        "flipped_pairs": len(flips),
+    }
+    bins = []
+    if margins:
+        held_out = calibration.judge(margins, [0] * len(margins))
+        counters |= held_out.figures
+        bins = [found.figures for found in held_out.by_margin]
+    if flips:
+        forward, backward = zip(*flips, strict=True)
+        counters |= calibration.positional_bias(forward, backward, seed=0).figures
+    return ScoringRanker(counters, bins)
+
+
 def full_data(num_prompts: int = 60) -> ReportData:
     prompts, generations, judgements = rows_of_a_run(num_prompts)
     gold = labeller("summary_quality")
@@ -133,6 +159,7 @@ def full_data(num_prompts: int = 60) -> ReportData:
             Curve("train_sft", "loss", [(i, 3.0 / (i + 1)) for i in range(30)]),
             Curve("train_policy", "margin, nats", [(i, i**0.5) for i in range(12)]),
         ],
+        scoring=scoring([*[1.0] * 24, *[-3.0] * 12], [(1.5, -0.5), (0.25, 0.75)]),
         rejection=rejection_summary(
             accepted_table(), beta=0.5, points=betas(), advice=[f"Lower beta {NASTY}"]
         ),
@@ -161,6 +188,44 @@ def test_build_shows_every_beta_and_the_advice(page: str) -> None:
     assert shown == ["0", "0.5", "inf"]
     assert page.count('<tr class="chosen">') == 1
     assert '<p class="warning">Lower beta' in page and "pass by pass" in page
+
+
+def place(svg: str) -> list[tuple[float, float]]:
+    """Centres of the points of the reliability curve in `svg`, rising to the right."""
+    found = re.findall(r'<circle class="estimate" cx="([\d.]+)" cy="([\d.]+)"', svg)
+    return sorted((float(x), float(y)) for x, y in found)
+
+
+def test_reliability_curve_has_its_points_where_the_ranker_is_too_sure(page: str) -> None:
+    """At 1 nat it is always right, at 3 nats always wrong, so the points are above and below."""
+    (svg,) = re.findall(r'<svg class="plot"[^>]*aria-label="share of right.*?</svg>', page)
+    (sure, right), (surer, wrong) = place(svg)
+    assert sure < surer and right < wrong
+    assert re.findall(r'<g class="(\w+)"><title>(\d+) comparisons: believed ([\d.]+)', svg) == [
+        ("above", "24", "73.1"),
+        ("below", "12", "95.3"),
+    ]
+
+
+def test_reliability_curve_of_a_calibrated_ranker_lies_on_the_diagonal() -> None:
+    believed = [0.55, 0.65, 0.75, 0.85, 0.95]
+    svg = charts.reliability(believed, [(p, p - 0.1, min(1.0, p + 0.1)) for p in believed], [9] * 5)
+    (line,) = re.findall(r'class="half" x1="(.*?)" x2="(.*?)" y1="(.*?)" y2="(.*?)"', svg)
+    left, right, low, high = map(float, line)
+    for x, y in place(svg):
+        assert y == pytest.approx(low + (x - left) / (right - left) * (high - low), abs=0.2)
+    assert len(place(svg)) == svg.count('<g class="open">') == 5
+
+
+def test_build_says_what_the_slot_is_worth_or_that_it_is_not_known(page: str) -> None:
+    text = " ".join(page.split())
+    assert "On 2 pairs of a baseline and a candidate" in text
+    assert "worth +0.50 nats to slot A [+0.50, +0.50], with a spread of 0.00 nats" in text
+    assert "In 50.0 % of them" in text
+    unknown = build(replace(full_data(5), scoring=scoring([], [])))
+    assert "No comparison was held out" in unknown and "no pair to flip" in unknown
+    assert "share of right preferences" not in unknown
+    assert "the ranker that scored" not in build(replace(full_data(5), scoring=None))
 
 
 def test_build_escapes_every_text(page: str) -> None:

@@ -35,6 +35,7 @@ DATASETS = {
     "decode/candidates": 16 * 6,
     "score/rewards": 16 * 6,
     "score/objectives": 1,
+    "score/checks": None,
     "reject/accepted": 16 * 6,
     "reject/diagnostics": 16 * 4,
     "pair/pairs": None,

@@ -1,6 +1,5 @@
 """Training: exact steps, the same gradients as plain computation, resuming, stopping, learning."""
 
-import itertools
 import json
 import signal
 import subprocess
@@ -19,13 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rso import length_bias
 from rso.config import Compute, Templates, TrainPolicy, TrainRanker, TrainSft
 from rso.errors import UserError
 from rso.templates import RankerEncoder, encode_prompt, encode_response
 from rso.training.base import PrefixTrainer, TrainingDiverged, TrainingResult, last_checkpoint
 from rso.training.policy import PolicyPair, PolicyResult, train_policy
-from rso.training.ranker import LabelledComparison, judge, train_ranker
+from rso.training.ranker import LabelledComparison, train_ranker
 from rso.training.selection import evaluation_steps
 from rso.training.sft import Demonstration, train_sft
 from rso.training.steps import choose, plan_steps
@@ -509,50 +507,6 @@ def test_ranker_learns_a_planted_preference(tiny_ranker_dir: str, tmp_path: Path
     assert held_out.chosen_shorter.value >= 0.75
     assert result.training.curve[-1]["accuracy"] >= 0.9
     assert result.num_truncated == 0
-
-
-def planted(chosen_lengths: Sequence[int], rejected_lengths: Sequence[int]) -> Any:
-    """Comparisons of texts of such lengths, judged by a ranker that likes length alone."""
-    rows = [
-        LabelledComparison(f"p{i}", f"c{i}", "x", "a" * c, "b" * r, 1.0, "validation")
-        for i, (c, r) in enumerate(zip(chosen_lengths, rejected_lengths, strict=True))
-    ]
-    return judge(rows, [0.1 * (len(row.chosen) - len(row.rejected)) for row in rows])
-
-
-def test_ranker_that_only_likes_length_is_shown_to() -> None:
-    held_out = planted([*range(10, 50), *range(10, 30)], [*([9] * 40), *([60] * 20)])
-    assert held_out.accuracy.value == pytest.approx(2 / 3)
-    assert [b.accuracy.value for b in held_out.by_length] == [0.0, 1.0, 1.0, 1.0]
-    assert held_out.by_length[0].high < 0 < held_out.by_length[1].low
-    counters = {
-        f"accuracy_where_chosen_is_{side}{edge}": getattr(interval, attribute)
-        for side, interval in (
-            ("longer", held_out.chosen_longer),
-            ("shorter", held_out.chosen_shorter),
-        )
-        for edge, attribute in (("", "value"), ("_low", "low"), ("_high", "high"))
-    }
-    sentence = length_bias.advice("train_ranker", counters)
-    assert sentence is not None and "100% where the chosen text is the longer one" in sentence
-    counters["accuracy_where_chosen_is_shorter_high"] = 0.6
-    assert length_bias.advice("train_ranker", counters) is None
-    assert length_bias.advice("train_ranker", {}) is None
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=80))
-def test_bins_hold_every_comparison_once_and_equal_values_together(lengths) -> None:
-    held_out = planted([c for c, _ in lengths], [r for _, r in lengths])
-    excess = sorted(c - r for c, r in lengths)
-    for bins, values in (
-        (held_out.by_length, excess),
-        (held_out.by_margin, sorted(0.1 * abs(e) for e in excess)),
-    ):
-        assert sum(b.accuracy.n for b in bins) == len(lengths)
-        for b in bins:
-            inside = [v for v in values if b.low - 1e-9 <= v <= b.high + 1e-9]
-            assert len(inside) == b.accuracy.n
-        assert all(a.high < b.low for a, b in itertools.pairwise(bins))
 
 
 def test_ranker_stops_early_and_keeps_its_best_checkpoint(

@@ -1,9 +1,7 @@
 """Training of the pairwise ranker on comparisons."""
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -12,10 +10,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rso import seeds
+from rso.calibration import HeldOut, judge
 from rso.config import Compute, Templates, TrainRanker
 from rso.errors import UserError
 from rso.prefix import Row, last_logits
-from rso.statistics import Interval, wilson
 from rso.templates import LabelIds, RankerEncoder
 from rso.training.base import (
     PrefixTrainer,
@@ -26,9 +24,6 @@ from rso.training.base import (
 from rso.training.loading import load
 from rso.training.selection import Figures, Selection
 from rso.training.steps import Example, Steps, by_prompt, choose, micro_batches, plan_steps
-
-# Fewer than so many comparisons tell nothing of a bin.
-_LEAST_IN_A_BIN, _MOST_BINS = 12, 4
 
 
 class LabelledComparison(NamedTuple):
@@ -41,41 +36,6 @@ class LabelledComparison(NamedTuple):
     rejected: str
     weight: float
     split: str
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The ranker on validation comparisons; a margin of exactly zero counts one half.
-
-    `by_margin` and `by_length` are in bins: by the ranker's own |margin|, nats, and by how many
-    characters the chosen text has more than the rejected one.
-
-    `longer` is the accuracy of preferring the text with more characters. `chosen_longer` and
-    `chosen_shorter` are the ranker's accuracy where the chosen text is the longer or the shorter
-    one; a ranker that only likes length has nearly 1 and 0 there.
-    """
-
-    accuracy: Interval
-    longer: Interval
-    chosen_longer: Interval | None
-    chosen_shorter: Interval | None
-    mean_loss: float
-    by_margin: tuple["Bin", ...]
-    by_length: tuple["Bin", ...]
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Accuracy on the comparisons whose value lies in [low, high].
-
-    `probability` is what the ranker gave its own preference, on average: where it exceeds the
-    accuracy the ranker is too sure.
-    """
-
-    low: float
-    high: float
-    accuracy: Interval
-    probability: float
 
 
 @dataclass(frozen=True)
@@ -200,9 +160,10 @@ def train_ranker(
     trainer.label_ids = encoder.labels
     held_out_rows = _Rows(encoder, validation, flip=None)
     examples = held_out_rows.build(range(len(validation)))
+    excess = [len(c.chosen) - len(c.rejected) for c in validation]
 
     def evaluate(model: PreTrainedModel) -> HeldOut:
-        return judge(validation, _held_out_margins(model, examples, trainer, compute.token_budget))
+        return judge(_held_out_margins(model, examples, trainer, compute.token_budget), excess)
 
     def figures(model: PreTrainedModel) -> Figures:
         held_out = evaluate(model)
@@ -227,52 +188,6 @@ def train_ranker(
         selection.evaluations,
         selected,
     )
-
-
-def judge(comparisons: Sequence[LabelledComparison], margins: Sequence[float]) -> HeldOut:
-    """Accuracy of `margins` [comparison] in all, and by which of the texts is the longer one."""
-    hits = [0.5 if z == 0 else float(z > 0) for z in margins]
-    excess = [len(c.chosen) - len(c.rejected) for c in comparisons]
-    return HeldOut(
-        accuracy=wilson(sum(hits), len(hits)),
-        longer=wilson(sum(0.5 if e == 0 else float(e > 0) for e in excess), len(excess)),
-        chosen_longer=_accuracy([h for h, e in zip(hits, excess, strict=True) if e > 0]),
-        chosen_shorter=_accuracy([h for h, e in zip(hits, excess, strict=True) if e < 0]),
-        mean_loss=float(-functional.logsigmoid(torch.tensor(margins)).mean()),
-        by_margin=_bins([abs(z) for z in margins], hits, margins),
-        by_length=_bins(excess, hits, margins),
-    )
-
-
-def _bins(
-    values: Sequence[float], hits: Sequence[float], margins: Sequence[float]
-) -> tuple[Bin, ...]:
-    """Every comparison in one bin; below, at and above zero apart, equal values together."""
-    bins = []
-    for sign in (-1, 0, 1):
-        order = sorted(
-            (i for i, v in enumerate(values) if (v > 0) - (v < 0) == sign), key=lambda i: values[i]
-        )
-        num_bins = max(1, min(_MOST_BINS, len(order) // _LEAST_IN_A_BIN))
-        sorted_values = [values[i] for i in order]
-        # A bin begins where a new value does.
-        starts = {
-            bisect_left(sorted_values, sorted_values[len(order) * k // num_bins])
-            for k in range(num_bins)
-            if order
-        }
-        for first, last in pairwise([*sorted(starts), len(order)]):
-            inside = order[first:last]
-            sure = torch.tensor([margins[i] for i in inside]).abs().sigmoid()
-            bins.append(
-                Bin(
-                    float(values[inside[0]]),
-                    float(values[inside[-1]]),
-                    wilson(sum(hits[i] for i in inside), len(inside)),
-                    float(sure.mean()),
-                )
-            )
-    return tuple(bins)
 
 
 class _Rows:
@@ -346,7 +261,3 @@ def _held_out_margins(
 
 def _hits(z: Tensor) -> Tensor:
     return torch.where(z == 0, 0.5, (z > 0).float())
-
-
-def _accuracy(hits: Sequence[float]) -> Interval | None:
-    return wilson(sum(hits), len(hits)) if hits else None
