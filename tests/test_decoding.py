@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from rso import decoding, seeds
-from rso.decoding import Decoder, Request, Sampling, check_room, draws, load_decoder
+from rso.decoding import Decoder, Request, Sampling, Servers, check_room, draws, load_decoder
 from rso.errors import UserError
 
 PROMPTS = [
@@ -52,10 +52,19 @@ def requests(tokenizer: PreTrainedTokenizerBase) -> list[Request]:
 
 
 @pytest.fixture(
-    scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        "transformers",
+        pytest.param("vllm", marks=pytest.mark.slow),
+        pytest.param("vllm-server", marks=pytest.mark.slow),
+    ],
 )
 def decoder(request: pytest.FixtureRequest, tiny_llama_dir: str) -> Iterator[Decoder]:
-    loaded = load_decoder(request.param, tiny_llama_dir, dtype="float32", max_model_len=256)
+    is_served = request.param == "vllm-server"
+    found = Servers((request.getfixturevalue("vllm_url"),)) if is_served else None
+    loaded = load_decoder(
+        request.param, tiny_llama_dir, dtype="float32", max_model_len=256, servers=found
+    )
     yield loaded
     loaded.close()
 
