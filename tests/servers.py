@@ -136,12 +136,18 @@ class _Handler(BaseHTTPRequestHandler):
         return self.server.behind  # type: ignore[attr-defined]
 
     def do_GET(self) -> None:
-        self.answer(200, self._behind.models())
+        try:
+            self.answer(200, self._behind.models())
+        except OSError:
+            self.close_connection = True
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with suppress(BrokenPipeError, ConnectionResetError):
+        try:
             self._behind.complete(self, body)
+        except OSError:
+            # Who asked has gone, or the server behind: either way without an answer.
+            self.close_connection = True
 
     def answer(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         self.send(status, json.dumps(value).encode(), headers)
@@ -167,6 +173,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Keep quiet of connections that are broken on purpose, between two requests."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 @contextmanager

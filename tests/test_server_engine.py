@@ -83,6 +83,11 @@ def test_load_without_endpoints_tells_setting_and_command(tiny_llama_dir: str) -
     assert tiny_llama_dir in command and "--dtype float32" in command
 
 
+def test_load_encoder_decoder_is_refused(make_t5: Callable[..., str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"encoder-decoder.*'t5'.*transformers"):
+        load(make_t5(tmp_path), "http://127.0.0.1:1/v1")
+
+
 def test_load_another_model_is_refused_with_what_was_found(tiny_llama_dir: str) -> None:
     with serving(Scripted("org/another")) as url, pytest.raises(UserError) as error:
         load(tiny_llama_dir, url)

@@ -1,14 +1,16 @@
 """The vllm-server engine: vLLM on other processes or machines, through its OpenAI-compatible API.
 
-What can be repeated: each request carries a seed of its own, made of (seed, prompt_id), and vLLM
-gives sample i of it the seed + i. So the draws of a sample depend on nothing else: not on the other
-prompts, their order, the number of samples, or which of several equal servers answered. The
-probabilities drawn from do depend on them in their last bits, since matrix products round by the
-batch that happens to be computed together. Within float32 that seldom changes a token; within
-bfloat16 it does now and then, and everything after that token with it. Answers of another device,
-vLLM version or dtype are others. Not to be repeated at all: a server that splits prefills over
-steps. On a CPU it fails there (`CPU Generator does not use offset`), so `serve_command` switches
-that off.
+What can be repeated: each request carries a seed of its own, made of (seed, prompt_id), to which
+vLLM adds the number of the sample. So what a sample draws depends on nothing else: not on the other
+prompts, their order, the number of samples, a retry, or which of several equal servers answered.
+The probabilities that it draws from do depend on these in their last bits, because sums round by
+the batch that happens to be computed together; where that moves a draw across the border of two
+tokens, that token and all after it change. The tests hold that a tiny model in float32 on a CPU
+gives the same samples; larger ones, and above all bfloat16, need not. Servers of another dtype,
+device or vLLM version give others.
+
+On a CPU, vLLM 0.32 dies at a request with a seed whose prefill is split over steps (`CPU Generator
+does not use offset`). `--no-enable-chunked-prefill` splits none, and `serve_command` has it.
 """
 
 import asyncio
@@ -40,7 +42,6 @@ from rso.decoding import (
     Request,
     Sampling,
     Servers,
-    refuse_encoder_decoder,
     require_room,
     stop_token_ids,
 )
@@ -192,7 +193,13 @@ class ServerDecoder:
         dtype: str = "bfloat16",
         max_model_len: int | None = None,
     ) -> None:
-        refuse_encoder_decoder(AutoConfig.from_pretrained(directory))
+        config = AutoConfig.from_pretrained(directory)
+        if config.is_encoder_decoder:
+            raise UserError(
+                f"the vllm-server engine decodes decoder-only models, and {directory} is of the "
+                f"encoder-decoder architecture {config.model_type!r}. Use the transformers engine "
+                "(decode.engine=transformers)."
+            )
         self._directory, self._servers = os.path.abspath(directory), servers
         self._command = serve_command(self._directory, dtype, max_model_len)
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
