@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -236,9 +237,16 @@ def test_decode_retries_every_passing_failure_and_asks_nothing_twice(tiny_llama_
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_decode_waits_as_long_as_the_server_asks(tiny_llama_dir: str, status: int) -> None:
-    refused = (status, {"Retry-After": "1"})
-    server = Scripted(tiny_llama_dir, lambda number, body: refused if number == 0 else "ok")
+@pytest.mark.parametrize("is_date", [False, True])
+def test_decode_waits_as_long_as_the_server_asks(
+    tiny_llama_dir: str, status: int, is_date: bool
+) -> None:
+    def busy(number: int, body: dict[str, Any]) -> Any:
+        # Dates have whole seconds, so two ahead are one at least.
+        wait = formatdate(time.time() + 2, usegmt=True) if is_date else "1"
+        return (status, {"Retry-After": wait}) if number == 0 else "ok"
+
+    server = Scripted(tiny_llama_dir, busy)
     with serving(server) as url:
         decode(load(tiny_llama_dir, url, concurrency=1))
     assert server.times[1] - server.times[0] >= 1.0

@@ -5,9 +5,10 @@ vLLM adds the number of the sample. So what a sample draws depends on nothing el
 prompts, their order, the number of samples, a retry, or which of several equal servers answered.
 The probabilities that it draws from do depend on these in their last bits, because sums round by
 the batch that happens to be computed together; where that moves a draw across the border of two
-tokens, that token and all after it change. The tests hold that a tiny model in float32 on a CPU
-gives the same samples; larger ones, and above all bfloat16, need not. Servers of another dtype,
-device or vLLM version give others.
+tokens, that token and all after it change. In float32 on a CPU this changed none of the responses
+tried (the tests hold it for a tiny model). In bfloat16 it changes some even when a call is
+repeated, and many in another company (docs/lab-notes.md). Servers of another dtype, device or vLLM
+version give others.
 
 On a CPU, vLLM 0.32 dies at a request with a seed whose prefill is split over steps (`CPU Generator
 does not use offset`). `--no-enable-chunked-prefill` splits none, and `serve_command` has it.
@@ -140,7 +141,7 @@ class _Endpoint:
         self.failures += 1
         self.away_since = self.away_since or time.monotonic()
         if self.failures == 3:
-            logger.warning("%s stays away (%s); other endpoints take its share", self.url, error)
+            logger.warning("%s stays away (%s); others, if any, take its share", self.url, error)
 
     def answered(self) -> None:
         """Take note of an answer to a request."""
@@ -255,7 +256,7 @@ class ServerDecoder:
 
     async def _meet(self) -> int:
         """Return the context length of the servers that are there, once one is."""
-        async with self._session(lambda: "nothing was asked yet") as session:
+        async with self._session(lambda: "Nothing was asked yet") as session:
             await asyncio.gather(*(endpoint.is_met.wait() for endpoint in session.endpoints))
             opened = [session.tasks.create_task(e.is_open.wait()) for e in session.endpoints]
             await asyncio.wait(opened, return_when=asyncio.FIRST_COMPLETED)
@@ -501,7 +502,7 @@ def _retry_after(response: httpx2.Response) -> float:
     """Return the seconds that the header Retry-After asks for, given as such or as a date."""
     text = response.headers.get("retry-after", "0")
     try:
-        return max(0.0, float(text))
+        return float(max(0, int(text)))
     except ValueError:
         pass
     try:
