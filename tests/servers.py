@@ -39,7 +39,7 @@ class Scripted:
         self.answered: list[Body] = []
         self.times: list[float] = []
         self.headers: list[dict[str, str]] = []
-        self.num_checks = 0
+        self.num_checks = self.num_checks_refused = 0
         self.busiest = self._busy = 0
         self.shape: Callable[[Body, Body], Body] = lambda body, answer: answer
         self._lock = threading.Lock()
@@ -53,7 +53,10 @@ class Scripted:
         """Answer a request as the script says."""
         if is_check(body):
             self.num_checks += 1
-            handler.answer(200, self.shape(body, self._answer(body)))
+            if self.num_checks <= self.num_checks_refused:
+                handler.answer(429, {"error": {"message": "busy"}})
+            else:
+                handler.answer(200, self.shape(body, self._answer(body)))
             return
         with self._lock:
             number = len(self.asked)
@@ -221,7 +224,7 @@ class Vllm:
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        self.url, self._log = f"http://127.0.0.1:{port}/v1", log
+        self.url, self.log = f"http://127.0.0.1:{port}/v1", log
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 arguments,
@@ -239,7 +242,7 @@ class Vllm:
                 return self
             time.sleep(0.2)
         self.kill()
-        raise AssertionError(self._log.read_text()[-4000:])
+        raise AssertionError(self.log.read_text()[-4000:])
 
     def kill(self) -> None:
         """SIGKILL the server and all that it started."""

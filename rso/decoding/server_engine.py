@@ -318,14 +318,16 @@ class ServerDecoder:
         tally: Callable[[], str],
     ) -> None:
         """Check an endpoint, open it, and once it is lost wait and do so again."""
+        is_checked = False
         while True:
             try:
-                # What was merely busy is what it was before; anything else may be another server.
-                if endpoint.lost_by is None or not endpoint.lost_by.is_busy:
+                if not is_checked:
                     await self._check(client, endpoint)
                 endpoint.open()
                 await endpoint.is_lost.wait()
                 assert endpoint.lost_by is not None
+                # What is merely busy is what it was; anything else may come back as another server.
+                is_checked = endpoint.lost_by.is_busy
                 endpoint.failed(endpoint.lost_by)
             except Unavailable as error:
                 endpoint.failed(error)
