@@ -9,7 +9,15 @@ import pyarrow as pa
 from pipelines.shards import Counters, Shard
 from pipelines.tables import select_ids, table_of
 from rso import config, ids, seeds
-from rso.decoding import Decoded, Decoder, Request, Sampling, load_decoder, require_room
+from rso.decoding import (
+    Decoded,
+    Decoder,
+    Request,
+    Sampling,
+    Servers,
+    load_decoder,
+    require_room,
+)
 from rso.models import load_tokenizer
 from rso.progress import progress
 from rso.templates import encode_prompt
@@ -24,7 +32,11 @@ class Engine(NamedTuple):
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to load a decoder and draw from it; picklable, so that workers can."""
+    """How to load a decoder and draw from it; picklable, so that workers can.
+
+    `journal` is a folder of this model alone, in which the vllm-server engine keeps finished
+    answers, so that a killed shard asks only for the rest.
+    """
 
     label: str
     model: str
@@ -34,6 +46,7 @@ class Decoding:
     sampling: Sampling
     seed: int
     max_prompt_tokens: int | None = None
+    journal: str | None = None
 
     def load(self) -> Engine:
         """Return the decoder and its tokenizer, loaded."""
@@ -44,6 +57,13 @@ class Decoding:
             dtype=self.compute.dtype,
             device=self.compute.device,
             max_model_len=longest + self.sampling.max_new_tokens if longest else None,
+            servers=Servers(
+                self.compute.endpoints,
+                self.compute.server_concurrency,
+                self.compute.server_patience,
+                self.compute.server_timeout,
+                self.journal,
+            ),
         )
         return Engine(decoder, load_tokenizer(self.model))
 

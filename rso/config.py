@@ -140,6 +140,26 @@ class Compute(Section):
     token_budget: Count = Field(
         4096, json_schema_extra=RUNTIME, description="Tokens a forward pass."
     )
+    endpoints: tuple[Annotated[str, Field(pattern=r"^https?://[^@\s]+$")], ...] = Field(
+        (),
+        json_schema_extra=RUNTIME,
+        description="Base URLs of the servers of engine vllm-server, e.g. "
+        "http://127.0.0.1:8000/v1; a key for them is in $RSO_SERVER_API_KEY.",
+    )
+    server_concurrency: Count = Field(
+        16,
+        json_schema_extra=RUNTIME,
+        description="Requests in flight at an endpoint; the samples of a prompt are one request.",
+    )
+    server_patience: float = Field(
+        300.0,
+        gt=0,
+        json_schema_extra=RUNTIME,
+        description="Seconds after which an endpoint that stays away is given up.",
+    )
+    server_timeout: float = Field(
+        3600.0, gt=0, json_schema_extra=RUNTIME, description="Seconds that one answer may take."
+    )
 
 
 class Lora(Section):
@@ -220,7 +240,7 @@ class Sampling(Section):
     max_new_tokens: Count = Field(128, description="Longest response, end of sequence included.")
 
 
-Engine = Literal["auto", "transformers", "vllm"]
+Engine = Literal["auto", "transformers", "vllm", "vllm-server"]
 
 
 class Comparisons(Section):

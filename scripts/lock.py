@@ -48,7 +48,7 @@ class Lock(NamedTuple):
     extras: tuple[str, ...]
     header: str
     left_out: frozenset[str] = frozenset()
-    beside: str | None = None  # pins of this other file are shared, not repeated
+    beside: tuple[str, ...] = ()  # pins of these other files are shared, not repeated
     is_closed: bool = True  # nothing is left for pip to choose
 
 
@@ -68,7 +68,7 @@ DEV = Lock(
     """\
 What checks and tests need beyond cpu.txt. Written by scripts/lock.py.
 Install with `pip install --no-deps -r`, after or together with cpu.txt.""",
-    beside="cpu",
+    beside=("cpu",),
 )
 BENCH = Lock(
     "bench",
@@ -76,7 +76,7 @@ BENCH = Lock(
     """\
 What benchmarks/train.py compares with. Written by scripts/lock.py.
 Install with `pip install --no-deps -r`, after cpu.txt and dev.txt.""",
-    beside="cpu",
+    beside=("cpu", "dev"),
 )
 GPU = Lock(
     "gpu",
@@ -126,7 +126,7 @@ def problems(lock: Lock) -> Iterator[str]:
     pinned version is installed in this interpreter, because only then can its metadata be read.
     """
     own = read(lock.name)
-    pins = (read(lock.beside) if lock.beside else {}) | own
+    pins = read_all(lock.beside) | own
     wanted = [(requirement, "pyproject.toml") for requirement in declared(lock.extras)]
     for name in sorted(own.keys() - ALONE if lock.is_closed else ()):
         if is_installed(name, own[name]):
@@ -192,12 +192,17 @@ def read(name: str) -> Pins:
     return {canonicalize_name(package): version.strip() for package, version in pairs}
 
 
+def read_all(names: Iterable[str]) -> Pins:
+    """The pins of several files together."""
+    return {package: version for name in names for package, version in read(name).items()}
+
+
 def resolve(lock: Lock, python: Path, *, upgrade: bool) -> Pins:
     """The closure of the lock's extras, as pip resolves it in the scratch environment."""
     wanted = declared(lock.extras)
     alone = [r for r in wanted if canonicalize_name(r.name) in ALONE]
     together = [r for r in wanted if r not in alone]
-    beside = read(lock.beside) if lock.beside else {}
+    beside = read_all(lock.beside)
     kept = {} if upgrade else still_fitting(read(lock.name), wanted)
     packages = ask_pip(python, together, kept | beside)
     reached = reachable(packages, together, lock.left_out)

@@ -24,6 +24,7 @@ def run(context: Context) -> Outcome:
         templates=context.config.templates,
         sampling=Sampling(**settings.sampling.model_dump(), num_samples=settings.num_samples),
         seed=context.config.seed + 1_000_003,
+        journal=f"{context.work.scratch}/answers",
     )
     counters = context.map(
         "compare",

@@ -22,6 +22,7 @@ def run(context: Context) -> Outcome:
         ),
         seed=context.config.seed,
         max_prompt_tokens=_longest(context, prompt_ids),
+        journal=f"{context.work.scratch}/answers",
     )
     counters = context.map(
         "decode", DecodeShard(decoding, prompt_ids), inputs=["prompts"], outputs=["candidates"]

@@ -72,6 +72,7 @@ def _decodings(context: Context, system: str) -> dict[str, Decoding]:
         templates=context.config.templates,
         sampling=Sampling(temperature=0.0, top_k=0, max_new_tokens=settings.max_new_tokens),
         seed=context.config.seed,
+        journal=f"{context.work.scratch}/answers/{system}",
     )
     if system == "reference" or not settings.num_kl_prompts:
         return {GREEDY: greedy}

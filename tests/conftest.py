@@ -9,11 +9,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # number of threads, so runs in this process and in others agree to the last bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import servers
 import system
 from transformers import PreTrainedTokenizerBase
 
@@ -225,6 +226,19 @@ def finished(tiny_run: system.Run) -> system.Run:
     """The tiny run with every stage done; tests read it and change only copies."""
     system.run_all(tiny_run.config())
     return tiny_run
+
+
+@pytest.fixture(scope="session")
+def vllm_url(tiny_llama_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The base URL of a real vLLM server of the tiny policy, started as users are told to."""
+    from rso.decoding.server_engine import serve_command
+
+    command = serve_command(tiny_llama_dir, "float32", 256)
+    server = servers.Vllm(command, tmp_path_factory.mktemp("vllm") / "log")
+    try:
+        yield server.wait().url
+    finally:
+        server.kill()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from rso.errors import UserError
 
-ENGINES = ("vllm", "transformers")
+ENGINES = ("vllm", "vllm-server", "transformers")
 
 Progress = Callable[[int], None]
 """Called with the number of responses that have just been finished (`bar.advance` fits)."""
@@ -46,6 +46,22 @@ class Sampling:
             if not is_valid:
                 found = getattr(self, name)
                 raise UserError(f"sampling.{name} must be {expected}, found {found}; change it.")
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Where the `vllm-server` engine finds its model, and how it deals with what answers there."""
+
+    endpoints: tuple[str, ...] = ()
+    """Base URLs, e.g. http://127.0.0.1:8000/v1."""
+    concurrency: int = 16
+    """Requests in flight at an endpoint; the samples of a prompt are one request."""
+    patience: float = 300.0
+    """Seconds after which an endpoint that stays away is given up."""
+    timeout: float = 3600.0
+    """Seconds that one answer may take."""
+    journal: str | None = None
+    """Folder that keeps finished answers for a call that is repeated; it belongs to one model."""
 
 
 class Request(NamedTuple):
@@ -193,14 +209,19 @@ def load_decoder(
     dtype: str = "bfloat16",
     device: str = "auto",
     max_model_len: int | None = None,
+    servers: Servers | None = None,
 ) -> Decoder:
     """Return the decoder of a model directory in Hugging Face format.
 
     `max_model_len` (longest prompt + max_new_tokens) bounds what vLLM reserves for one sequence;
     None takes the model's whole context. `device` is for the transformers engine; vLLM's build
-    decides its own. An engine that cannot start raises `UserError` with the
-    cause and the engine to use instead.
+    decides its own. `servers` is for the vllm-server engine. An engine that cannot start raises
+    `UserError` with the cause and what to do instead.
     """
+    if resolve_engine(engine) == "vllm-server":
+        from rso.decoding.server_engine import ServerDecoder
+
+        return ServerDecoder(directory, servers or Servers(), dtype, max_model_len)
     if resolve_engine(engine) == "vllm":
         from rso.decoding.vllm_engine import VllmDecoder
 

@@ -63,7 +63,7 @@ class VllmDecoder:
                 "(decode.engine=transformers)."
             )
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        self._stop_ids = stop_token_ids(_generation_config(directory), self._tokenizer)
+        self._stop_ids = stop_token_ids(generation_config_of(directory), self._tokenizer)
         self._lock = threading.Lock()
         try:
             self._llm = _start(directory, dtype, max_model_len)
@@ -178,7 +178,7 @@ def _start(directory: str, dtype: str, max_model_len: int | None) -> Any:
         torch.set_num_threads = set_num_threads
 
 
-def _generation_config(directory: str) -> GenerationConfig:
+def generation_config_of(directory: str) -> GenerationConfig:
     """The model's own, or the one that its config implies, as transformers does."""
     try:
         return GenerationConfig.from_pretrained(directory)

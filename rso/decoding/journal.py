@@ -1,0 +1,58 @@
+"""Finished answers of one `decode` call on disk, so that a killed call asks only for the rest."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import BinaryIO
+
+from rso.decoding import Decoded, Request, Sampling
+from rso.files import writing
+
+
+class Journal:
+    """Answers by number of the request, a JSON line each; a context manager that appends.
+
+    The file's name is the SHA-256 of what determines the answers (sampling, seed, prompt ids and
+    tokens), so a call finds what an equal call of the same model left, and nothing else.
+    """
+
+    def __init__(
+        self, directory: str, requests: Sequence[Request], sampling: Sampling, seed: int
+    ) -> None:
+        call = [dataclasses.asdict(sampling), seed, [list(request) for request in requests]]
+        name = hashlib.sha256(json.dumps(call).encode()).hexdigest()
+        os.makedirs(directory, exist_ok=True)
+        self.path = os.path.join(directory, f"{name}.jsonl")
+
+    def __enter__(self) -> "Journal":
+        """Read what is there and open the file for more."""
+        self._file: BinaryIO = open(self.path, "a+b")
+        self._file.seek(0)
+        content = self._file.read()
+        # A kill in the middle of a line leaves it without its end: that answer is asked for again.
+        whole = content[: content.rfind(b"\n") + 1]
+        self._file.truncate(len(whole))
+        self.answers: dict[int, list[Decoded]] = {}
+        for line in whole.splitlines():
+            index, responses = json.loads(line)
+            self.answers[index] = [Decoded(*response) for response in responses]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the file, which stays."""
+        self._file.close()
+
+    def add(self, index: int, responses: list[Decoded]) -> None:
+        """Keep the answers to one request; once this returns, killing the process loses nothing."""
+        self.answers[index] = responses
+        with writing(self.path):
+            self._file.write(json.dumps([index, responses]).encode() + b"\n")
+            self._file.flush()

