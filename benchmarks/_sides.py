@@ -1,8 +1,9 @@
 """Sides of a benchmark that take turns: each a process of its own that holds its model throughout.
 
 So a change of the machine's speed meets all alike, and no side's memory or threads are another's.
-A side is this interpreter running the benchmark's own file with `--worker NAME`; it answers every
-line on its standard input with one of JSON. What libraries print goes to standard error.
+A side is this interpreter running the benchmark's own file with `--worker NAME`. It says `ready`
+once its model is loaded, and only then is the next side started; afterwards it answers every line
+on its standard input with one of JSON. What libraries print goes to standard error.
 """
 
 import json
@@ -19,27 +20,22 @@ from typing import Any
 
 Figures = dict[str, float]
 
+held: dict[str, Any] = {}
+"""What a side's pipeline finds loaded: Beam sends its functions as bytes, and this by its name."""
+
 
 def take_turns(
     commands: Mapping[str, Sequence[str]], rounds: int, *, what: str
 ) -> dict[str, list[Figures]]:
     """Start a process a side and let them answer in turn, `rounds` times; the answers by side."""
-    sides = {
-        side: subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for side, command in commands.items()
-    }
+    sides = {side: _start(side, command) for side, command in commands.items()}
     answers: dict[str, list[Figures]] = {side: [] for side in sides}
     for number in range(1, rounds + 1):
         for side, process in sides.items():
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
-            line = process.stdout.readline()
-            if not line:
-                raise SystemExit(f"{side} ended in round {number}; its own output says why")
-            answers[side].append(json.loads(line))
+            answers[side].append(json.loads(_answer(side, process)))
             seconds = answers[side][-1]["seconds"]
             print(
                 f"\r{what}: {number} of {rounds}, {side} {seconds:.1f} s   ",
@@ -53,16 +49,37 @@ def take_turns(
     return answers
 
 
+def _start(side: str, command: Sequence[str]) -> "subprocess.Popen[str]":
+    print(f"\rstarting {side}    ", end="", file=sys.stderr, flush=True)
+    process = subprocess.Popen(
+        [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    _answer(side, process)
+    return process
+
+
+def _answer(side: str, process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"{side} ended with {process.wait()}; its own output says why")
+    return line
+
+
 class Turns:
     """What a side's process uses: waits for its turn, and answers with what the turn took."""
 
     def __init__(self, *, on_gpu: bool = False) -> None:
         self._answers, self._on_gpu = os.fdopen(os.dup(1), "w"), on_gpu
         os.dup2(2, 1)
+        self._is_ready = False
         self._started = self._cpu = 0.0
 
     def begin(self) -> bool:
         """Wait; the clock starts with the turn. False when there are no more."""
+        if not self._is_ready:
+            self._write("ready")
+            self._is_ready = True
         is_turn = bool(sys.stdin.readline())
         self._cpu, self._started = time.process_time(), time.perf_counter()
         return is_turn
@@ -78,7 +95,10 @@ class Turns:
         seconds = time.perf_counter() - self._started
         cpu = time.process_time() - self._cpu
         answer = {**figures, "seconds": seconds, "cpu_seconds": cpu, "peak": peak}
-        self._answers.write(json.dumps(answer) + "\n")
+        self._write(json.dumps(answer))
+
+    def _write(self, line: str) -> None:
+        self._answers.write(f"{line}\n")
         self._answers.flush()
 
 

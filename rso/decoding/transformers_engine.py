@@ -36,6 +36,7 @@ from rso.decoding import (
 )
 from rso.decoding.causal import CausalWave
 from rso.decoding.encoder_decoder import EncoderDecoderWave
+from rso.decoding.side_by_side import Total, side_by_side
 from rso.out_of_memory import BatchSize
 
 ROWS_PER_WAVE = 256
@@ -89,17 +90,26 @@ class TransformersDecoder:
         if not requests:
             return []
         endings = Endings(self._tokenizer, self._stop_ids, sampling.stop)
-        samples: dict[int, list[_Sample]] = {}
+        model, samples = self._model, dict[int, list[_Sample]]()
+        total = Total(progress)
+
+        def decode_wave(wave: Sequence[int]) -> None:
+            prompts = [requests[index] for index in wave]
+            with total.taken_back_if_it_fails() as report:
+                decoded = _decode_wave(model, prompts, sampling, endings, seed, report)
+            samples.update(zip(wave, decoded, strict=True))
 
         def decode_missing(rows_per_wave: int) -> None:
             missing = [index for index in range(len(requests)) if index not in samples]
-            for wave in plan_waves(requests, missing, sampling, self._model, rows_per_wave):
-                prompts = [requests[index] for index in wave]
-                with _taken_back_if_it_fails(progress) as report:
-                    decoded = _decode_wave(self._model, prompts, sampling, endings, seed, report)
-                samples.update(zip(wave, decoded, strict=True))
+            num_rows = len(missing) * num_drawn(sampling)
+            # no processor waits for the others' only wave
+            rows = min(rows_per_wave, -(-num_rows // num_workers))
+            waves = list(plan_waves(requests, missing, sampling, model, rows))
+            side_by_side(decode_wave, waves, num_workers)
 
-        with self._lock, torch.inference_mode(), _attention_of_waves(self._model):
+        # On a CPU one wave a thread: threads that share each small operation wait for one another.
+        num_workers = torch.get_num_threads() if model.device.type == "cpu" else 1
+        with self._lock, _attention_of_waves(model):
             self._rows_per_wave.attempt(decode_missing)
         return [
             [
@@ -231,24 +241,6 @@ def _uniforms(
 
 def _num_repeats(sampling: Sampling) -> int:
     return sampling.num_samples // num_drawn(sampling)
-
-
-@contextmanager
-def _taken_back_if_it_fails(progress: Progress | None) -> Iterator[Progress]:
-    """What a wave reports to `progress`, less all of it when the wave will be done again."""
-    reported = 0
-
-    def report(count: int) -> None:
-        nonlocal reported
-        reported += count
-        if progress is not None:
-            progress(count)
-
-    try:
-        yield report
-    except BaseException:
-        report(-reported)
-        raise
 
 
 @contextmanager
