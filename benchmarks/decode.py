@@ -227,9 +227,8 @@ def prepare_llm(arguments: argparse.Namespace) -> Work:
     from vllm import LLM, SamplingParams
 
     room = 2 * PROMPT_TOKENS + NEW_TOKENS
-    cache = vllm_engine.CPU_CACHE_BYTES
     options: dict[str, Any] = (
-        {"kv_cache_memory_bytes": cache}
+        {"kv_cache_memory_bytes": vllm_engine.CPU_OPTIONS["kv_cache_memory_bytes"]}
         if arguments.device == "cpu"
         else {"gpu_memory_utilization": 0.25}
     )

@@ -34,6 +34,7 @@ class RankerSource:
             token_budget=self.compute.token_budget,
             device=self.compute.device,
             attention=self.compute.attention,
+            engine=self.compute.ranker_engine,
         )
 
 

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple, Protocol
 
 import apache_beam as beam
 import pyarrow as pa
+import pyarrow.compute as pc
 from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.utils.shared import Shared
 
 from rso.config import Beam
-from rso.errors import UserError
+from rso.errors import PromptError, UserError
 from rso.parquet import read_shard, write_shard
 
 Counters = dict[str, float]
@@ -110,7 +111,20 @@ class _MapShard(beam.DoFn):
             )
             for name, dataset in self._plan.inputs.items()
         }
-        return self._function(self._engine.value, tables)
+        try:
+            return self._function(self._engine.value, tables)
+        except PromptError as error:
+            raise UserError(f"prompt {_id_of(error.prompt, tables)}: {error}") from error
+
+
+def _id_of(prompt: str, tables: Mapping[str, pa.Table]) -> str:
+    """The id of a prompt that is known by its text."""
+    for table in tables.values():
+        if {"prompt_id", "prompt"} <= set(table.column_names):
+            place = pc.index(table["prompt"], prompt).as_py()
+            if place >= 0:
+                return str(table["prompt_id"][place].as_py())
+    raise AssertionError(f"no table of the shard has the prompt {prompt[:60]!r}")
 
 
 class _Engine:

@@ -122,6 +122,10 @@ class Compute(Section):
         description="branches: kernels that skip what shared-prefix rows mask; sdpa and eager: one "
         "dense mask, quadratic in the tokens of a batch.",
     )
+    ranker_engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What rankers compare with; vllm takes decoder-only ones.",
+    )
     num_processes: Count = Field(
         1,
         json_schema_extra=RUNTIME,

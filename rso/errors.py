@@ -3,3 +3,11 @@
 
 class UserError(ValueError):
     """A mistake in a config, an input or an environment, told in one sentence with its remedy."""
+
+
+class PromptError(UserError):
+    """Something is wrong at one prompt, which is known here by its text alone."""
+
+    def __init__(self, prompt: str, message: str) -> None:
+        super().__init__(message)
+        self.prompt = prompt

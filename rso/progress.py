@@ -15,11 +15,14 @@ def is_first_process() -> bool:
 
 
 class progress:
-    """A bar with rate and time left for `total` units; it shows once two seconds have passed."""
+    """A bar with rate and time left for `total` units; it shows once two seconds have passed.
+
+    `done` counts the units so far.
+    """
 
     def __init__(self, what: str, *, total: int, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit
-        self._done = 0
+        self.done = 0
         self._started = time.monotonic()
         self._bar: Any = None
         # Of several processes of one training the first one shows what all of them do.
@@ -27,7 +30,7 @@ class progress:
 
     def advance(self, count: int = 1) -> None:
         """Count `count` more units as done and redraw."""
-        self._done += count
+        self.done += count
         if self._bar is not None:
             self._bar.update(count)
         elif self._is_seen and time.monotonic() - self._started > QUIET_SECONDS:
@@ -41,7 +44,7 @@ class progress:
                 leave=False,
             )
             self._bar.start_t -= time.monotonic() - self._started
-            self._bar.update(self._done)
+            self._bar.update(self.done)
 
     def note(self, **figures: float) -> None:
         """Show figures such as the loss beside the bar."""

@@ -1,5 +1,6 @@
 """One contract that every engine passes, and the promises of the transformers engine beyond it."""
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from transformers import (
 
 from rso import decoding, seeds
 from rso.decoding import Decoder, Request, Sampling, Servers, check_room, draws, load_decoder
+from rso.decoding.side_by_side import side_by_side
 from rso.decoding.transformers_engine import TransformersDecoder
 from rso.errors import UserError
 
@@ -362,6 +364,41 @@ def memory_for(model: PreTrainedModel, rows: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@in_ours
+def test_transformers_decode_side_by_side_gives_the_same_samples(
+    engine: Decoder, requests: list[Request]
+) -> None:
+    sampling = Sampling(1.0, 0, 1.0, 16, num_samples=4, logprobs=True)
+    expected = engine.decode(requests, sampling, seed=5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        reported: list[int] = []
+        found = engine.decode(requests, sampling, seed=5, progress=reported.append)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert sum(reported) == 4 * len(requests)
+    for of_prompt, of_same in zip(found, expected, strict=True):
+        assert [r.token_ids for r in of_prompt] == [r.token_ids for r in of_same]
+
+
+def test_side_by_side_first_error_is_raised_and_the_rest_is_left() -> None:
+    begun: list[int] = []
+    before = torch.get_num_threads()
+
+    def work(number: int) -> None:
+        begun.append(number)
+        time.sleep(0.01)
+        if number == 3:
+            raise UserError("at three")
+
+    with pytest.raises(UserError, match="at three"):
+        side_by_side(work, range(1000), 2)
+    assert 3 in begun and len(begun) < 20
+    assert torch.get_num_threads() == before
 
 
 @in_ours

@@ -310,7 +310,7 @@ def test_ranker_learns_a_planted_preference_and_scores_with_it(t5: Family, tmp_p
 def test_vllm_with_an_encoder_names_the_engine_that_works(t5: Family) -> None:
     from rso import decoding
 
-    with pytest.raises(UserError, match=r"encoder-decoder.*decode\.engine=transformers"):
+    with pytest.raises(UserError, match=r"encoder-decoder.*engine: transformers"):
         decoding.load_decoder("vllm", t5.policy)
 
 

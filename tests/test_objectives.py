@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rso.config import Compute, Templates, parse_config
 from rso.errors import UserError
 from rso.objectives import coefficients, pooled_scale, weighted_sum
-from rso.ranking import Candidates, Comparison, TransformersRanker, WeightedRanker, load_ranker
+from rso.ranking import Candidates, Comparison, RowRanker, WeightedRanker, load_ranker
 from stages.runner import run_stage
 
 Row = dict[str, Any]
@@ -25,7 +25,7 @@ def objectives(*entries: str, standardise: bool = False) -> list[str]:
     return [*changes, "score.standardise=true"] if standardise else changes
 
 
-def load(directory: str) -> TransformersRanker:
+def load(directory: str) -> RowRanker:
     compute = Compute(dtype="float32", device="cpu")
     return load_ranker(directory, Templates(), dtype="float32", token_budget=compute.token_budget)
 

@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import system
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from pipelines.score import RankerSource, ScoreShard
 from pipelines.shards import Dataset, Plan, map_shards
 from rso import seeds
 from rso.calibration import judge
 from rso.config import Templates
+from rso.errors import UserError
 from rso.models import load_tokenizer
 from rso.ranking import Comparison, WeightedRanker
 from rso.templates import RankerEncoder
@@ -21,6 +24,7 @@ from stages import score
 from stages.runner import run_stage
 from tests.test_objectives import load, objectives
 from tests.test_pipelines import ONE, read_all, reshard
+from tests.test_ranking import plant as plant_preference
 
 Row = dict[str, Any]
 
@@ -119,6 +123,56 @@ def test_score_shows_the_bias_of_a_ranker_that_likes_a_slot(
     assert counters["verdicts_flipped"] == 1.0 and counters["flipped_pairs"] == 16
     # Both orders are averaged on held-out comparisons, so there the bias does no harm.
     assert counters["believed"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_score_with_a_broken_ranker_names_the_prompt(
+    finished: system.Run, make_llama: Any, tmp_path: Path
+) -> None:
+    run = finished.copy(tmp_path / "store")
+    directory = make_llama(tmp_path / "broken")
+    weights = load_file(Path(directory, "model.safetensors"))
+    weights["lm_head.weight"][:] = np.nan
+    save_file(weights, Path(directory, "model.safetensors"), metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"^prompt [0-9a-f]{16}: .*NaN.*compute.dtype") as error:
+        run_stage(run.graph(*objectives(f"name: broken, ranker: {directory}")), "score")
+    named = str(error.value).split()[1].rstrip(":")
+    assert named in {row["prompt_id"] for row in run.rows("decode/candidates")}
+
+
+def test_planted_preference_gets_the_highest_reward_of_every_prompt(
+    finished: system.Run, make_llama: Any, tmp_path: Path
+) -> None:
+    """The sign of a reward, from the labels that a ranker learnt to the rows that `score` writes."""
+    directory = make_llama(tmp_path / "planted", initializer_range=0.1)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    plant_preference(model, RankerEncoder(load_tokenizer(directory), Templates()))
+    model.save_pretrained(directory)
+    words = ["fox", "good", "lazy", "empty", "file", "lines"]
+    inputs = {
+        "candidates": [
+            {**row, "response": words[row["sample_index"]]}
+            for row in finished.rows("decode/candidates")
+        ],
+        "prompts": [{**row, "prompt": "a text"} for row in finished.rows("prepare/prompts")],
+        "comparisons": [],
+    }
+    plan = Plan(
+        "score",
+        {name: reshard(rows, tmp_path / name, name, 2) for name, rows in inputs.items()},
+        {name: Dataset(str(tmp_path / name), name) for name in ("rewards", "checks")},
+        str(tmp_path / "counters"),
+        2,
+    )
+    source = RankerSource(directory, finished.config().compute, Templates())
+    map_shards(ScoreShard(source, frozenset(), 0), plan, ONE)
+    texts = {row["response_id"]: row["response"] for row in inputs["candidates"]}
+    best: dict[str, dict[str, Any]] = {}
+    for row in read_all(tmp_path / "rewards", "rewards"):
+        known = best.get(row["prompt_id"])
+        if known is None or row["reward"] > known["reward"]:
+            best[row["prompt_id"]] = row
+    assert len(best) == 16
+    assert {texts[row["response_id"]] for row in best.values()} == {"good"}
 
 
 def test_checks_of_several_rankers_are_those_of_their_weighted_sum(

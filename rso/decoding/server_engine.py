@@ -200,7 +200,7 @@ class ServerDecoder:
             raise UserError(
                 f"the vllm-server engine decodes decoder-only models, and {directory} is of the "
                 f"encoder-decoder architecture {config.model_type!r}. Use the transformers engine "
-                "(decode.engine=transformers)."
+                "(engine: transformers)."
             )
         self._directory, self._servers = os.path.abspath(directory), servers
         self._command = serve_command(self._directory, dtype, max_model_len)

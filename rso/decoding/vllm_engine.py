@@ -8,6 +8,7 @@ CPU they fail with `CPU Generator does not use offset` when a prefill is split o
 """
 
 import gc
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -41,12 +42,20 @@ ENVIRONMENT = {
     # its warnings at start are about what we chose on purpose; what stops it is raised
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-# Memory for keys and values on the CPU, touched as it is used. With an explicit size and without
-# compilation vLLM needs no warm-up: a 135M model starts in 10-18 s on two busy cores instead of
-# 33-36 s. Compiled it decoded hardly faster (8 prompts x 8 samples on one core: 109 against 99
-# tokens/s, 80 at the first call).
-CPU_CACHE_BYTES = 2 << 30
-MAX_NUM_SEQS = 256
+# On the CPU: memory for keys and values, touched as it is used. With an explicit size and without
+# compilation vLLM needs no warm-up: a 135M model starts in 4-18 s, compiled in 35-100 s, and
+# compiled it decoded no faster. Of a prompt only whole blocks are shared by its samples, and every
+# sample computes the rest anew: with blocks of 128 tokens, the default, 64 samples of 64 tokens at
+# a prompt of 256 came at 390-460 tokens/s, with 32, the least, at 650-800.
+CPU_OPTIONS = {
+    "kv_cache_memory_bytes": 2 << 30,
+    "enforce_eager": True,
+    "block_size": 32,
+    "max_num_seqs": 256,
+}
+# On a GPU: CUDA graphs, its own block size and memory, and enough sequences and tokens a step that
+# 64 samples of several prompts run together.
+GPU_OPTIONS = {"max_num_seqs": 1024, "max_num_batched_tokens": 16384}
 
 
 class VllmDecoder:
@@ -55,23 +64,10 @@ class VllmDecoder:
     def __init__(
         self, directory: str, *, dtype: str = "bfloat16", max_model_len: int | None = None
     ) -> None:
-        config = AutoConfig.from_pretrained(directory)
-        if config.is_encoder_decoder:
-            raise UserError(
-                f"the vllm engine decodes decoder-only models, and {directory} is of the "
-                f"encoder-decoder architecture {config.model_type!r}. Use the transformers engine "
-                "(decode.engine=transformers)."
-            )
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
         self._stop_ids = stop_token_ids(generation_config_of(directory), self._tokenizer)
         self._lock = threading.Lock()
-        try:
-            self._llm = _start(directory, dtype, max_model_len)
-        except Exception as error:
-            raise UserError(
-                f"the vllm engine cannot start with {directory}: {type(error).__name__}: {error}. "
-                "Use the transformers engine (decode.engine=transformers), which needs nothing."
-            ) from error
+        self._llm = start(directory, dtype, max_model_len=max_model_len)
 
     @property
     def context_length(self) -> int:
@@ -93,7 +89,7 @@ class VllmDecoder:
         parameters = self._parameters(sampling)
         endings = Endings(self._tokenizer, self._stop_ids, sampling.stop)
         num_repeats = sampling.num_samples // parameters.n
-        finished: dict[int, list[Decoded]] = {}
+        finished: dict[int, list[Any]] = {}
         with self._lock:
             # what an earlier call cached would change how prefills are batched, and so rounding
             self._llm.reset_prefix_cache()
@@ -103,26 +99,19 @@ class VllmDecoder:
             while self._llm.llm_engine.has_unfinished_requests():
                 for output in self._llm.llm_engine.step():
                     if output.finished:
-                        samples = sorted(output.outputs, key=lambda sample: sample.index)
-                        responses = [
-                            endings.finish(list(sample.token_ids), sample.cumulative_logprob)
-                            for sample in samples
-                        ] * num_repeats
-                        finished[int(output.request_id)] = responses
+                        finished[int(output.request_id)] = output.outputs
                         if progress is not None:
-                            progress(len(responses))
-        assert len(finished) == len(requests)
+                            progress(sampling.num_samples)
         # vLLM numbers requests in the order in which they come
-        return [finished[number] for number in sorted(finished)]
+        return [
+            _responses(request, finished[number], endings) * num_repeats
+            for request, number in zip(requests, sorted(finished), strict=True)
+        ]
 
     def close(self) -> None:
         """Stop the engine and free its memory."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-        self._llm.llm_engine.engine_core.shutdown()
+        stop(self._llm)
         del self._llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
 
     def _parameters(self, sampling: Sampling) -> Any:
         from vllm import SamplingParams
@@ -144,38 +133,71 @@ class VllmDecoder:
         )
 
 
+def _responses(request: Request, outputs: Sequence[Any], endings: Endings) -> list[Decoded]:
+    """The samples of one prompt in their order."""
+    samples = sorted(outputs, key=lambda sample: sample.index)
+    if not all(math.isfinite(sample.cumulative_logprob or 0.0) for sample in samples):
+        raise UserError(
+            f"the model gave log-probabilities that are not finite for prompt {request.prompt_id}; "
+            "check the model's weights, or decode with compute.dtype=float32."
+        )
+    return [endings.finish(list(s.token_ids), s.cumulative_logprob) for s in samples]
+
+
 def set_environment() -> None:
     """Set `ENVIRONMENT`, which vLLM reads when it is imported; what the user has set stays."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
-def _start(directory: str, dtype: str, max_model_len: int | None) -> Any:
-    """Import vLLM under `ENVIRONMENT` and return its engine."""
+def start(directory: str, dtype: str, **options: Any) -> Any:
+    """Return vLLM's engine with a model directory; what the user has set in the environment stays.
+
+    Raises:
+        UserError: vLLM cannot start with the model; the cause, and the engine to use instead.
+    """
+    config = AutoConfig.from_pretrained(directory)
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"the vllm engine takes decoder-only models, and {directory} is of the encoder-decoder "
+            f"architecture {config.model_type!r}. Use the transformers engine (engine: "
+            "transformers)."
+        )
     set_environment()
     if os.path.isdir(directory):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from vllm import LLM
-    from vllm.platforms import current_platform
-
-    is_cpu = current_platform.is_cpu()
     set_num_threads = torch.set_num_threads
     try:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
         return LLM(
             model=directory,
             dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=MAX_NUM_SEQS,
             enable_prefix_caching=True,
-            enforce_eager=is_cpu,
             # stop tokens are given, defaults are not taken from files
             generation_config="vllm",
             disable_log_stats=True,
-            **({"kv_cache_memory_bytes": CPU_CACHE_BYTES} if is_cpu else {}),
+            **(CPU_OPTIONS if current_platform.is_cpu() else GPU_OPTIONS),
+            **options,
         )
+    except Exception as error:
+        raise UserError(
+            f"the vllm engine cannot start with {directory}: {type(error).__name__}: {error}. "
+            "Use the transformers engine (engine: transformers), which needs nothing."
+        ) from error
     finally:
         # vLLM's CPU worker replaces it by a function that does nothing
         torch.set_num_threads = set_num_threads
+
+
+def stop(llm: Any) -> None:
+    """Stop vLLM's engine and free its memory, but for what the caller's own reference holds."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    gc.collect()
 
 
 def generation_config_of(directory: str) -> GenerationConfig:

@@ -5,6 +5,7 @@ the baseline in slot A and the candidate in slot B, so it is logit_B - logit_A, 
 candidate is better. All are fp32, in nats.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -12,14 +13,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from rso import models
 from rso.config import Templates
-from rso.errors import UserError
+from rso.errors import PromptError, UserError
 from rso.objectives import weighted_sum
-from rso.out_of_memory import BatchSize
-from rso.prefix import Row, collate, last_logits, plan_batches, split_row
+from rso.prefix import Row
 from rso.progress import progress as Bar
 from rso.templates import RankerEncoder
 
@@ -42,7 +41,7 @@ class Candidates(NamedTuple):
     responses: Sequence[str]
 
 
-class NonFiniteLogit(ValueError):
+class NonFiniteLogit(PromptError):
     """A ranker gave NaN or infinity."""
 
 
@@ -70,21 +69,19 @@ class Ranker(Protocol):
         ...
 
 
-class TransformersRanker:
-    """A language model fine-tuned to say which slot holds the better response."""
+class RowRanker(ABC):
+    """A language model fine-tuned to say which slot holds the better response.
 
-    def __init__(
-        self, model: PreTrainedModel, encoder: RankerEncoder, *, token_budget: int = 4096
-    ) -> None:
-        self._model = model
-        self._encoder = encoder
-        self._token_budget = BatchSize(
-            token_budget,
-            "tokens",
-            what="ranker",
-            advice="shorten templates.max_context_tokens, or use a device with more memory",
-        )
-        self._context_length = models.context_length(model.config)
+    It compares in rows: what comparisons of a prompt begin with, and a branch for each. An engine
+    computes the margins of such rows.
+    """
+
+    def __init__(self, encoder: RankerEncoder, context_length: int) -> None:
+        self._encoder, self._context_length = encoder, context_length
+
+    @abstractmethod
+    def margins(self, rows: Sequence[Row], progress: Bar | None) -> list[Float32]:
+        """Return logit_A - logit_B after every branch of every row, rows as given."""
 
     def compare(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
         """Return logit_A - logit_B of each item as it stands, one order only: [items].
@@ -165,40 +162,12 @@ class TransformersRanker:
     def _margins(
         self, prompts: Sequence[str], rows: Sequence[Row], progress: Bar | None
     ) -> list[Float32]:
-        """Return logit_A - logit_B of every branch of every row, rows as given."""
+        """Return the margins of the rows, one a prompt, checked."""
         self._check_lengths(prompts, rows)
-
-        def margins(token_budget: int) -> list[Float32]:
-            return self._margins_within(token_budget, prompts, rows, progress)
-
-        return self._token_budget.attempt(margins)
-
-    def _margins_within(
-        self,
-        token_budget: int,
-        prompts: Sequence[str],
-        rows: Sequence[Row],
-        progress: Bar | None,
-    ) -> list[Float32]:
-        parts = [
-            (index, part) for index, row in enumerate(rows) for part in split_row(row, token_budget)
-        ]
-        found: list[Float32] = [np.empty(0, np.float32)] * len(parts)
-        for chosen in plan_batches([part.num_tokens for _, part in parts], token_budget):
-            batch = collate([parts[number][1] for number in chosen], device=self._model.device)
-            with torch.inference_mode():
-                logits = last_logits(self._model, batch, self._encoder.labels).cpu().numpy()
-            sizes = [len(spans) for spans in batch.layout.branches]
-            margins = np.split(logits[:, 0] - logits[:, 1], np.cumsum(sizes)[:-1])
-            for number, values in zip(chosen, margins, strict=True):
-                found[number] = values
-            if progress is not None:
-                progress.advance(batch.num_branches)
-        pieces: list[list[Float32]] = [[np.empty(0, np.float32)] for _ in rows]
-        for (index, _), values in zip(parts, found, strict=True):
-            _check_finite(prompts[index], values)
-            pieces[index].append(values)
-        return [np.concatenate(piece) for piece in pieces]
+        found = self.margins(rows, progress)
+        for prompt, values in zip(prompts, found, strict=True):
+            _check_finite(prompt, values)
+        return found
 
     def _check_lengths(self, prompts: Sequence[str], rows: Sequence[Row]) -> None:
         for prompt, row in zip(prompts, rows, strict=True):
@@ -257,13 +226,23 @@ def load_ranker(
     token_budget: int,
     device: torch.device | str = "cpu",
     attention: str = "sdpa",
-) -> TransformersRanker:
+    engine: str = "transformers",
+) -> RowRanker:
     """Return the ranker in a model directory.
 
+    Device, attention and token budget are for the transformers engine.
+
     Raises:
-        UserError: model or tokenizer is missing, or a label is not one token of the tokenizer.
+        UserError: model or tokenizer is missing, a label is not one token of the tokenizer, or the
+            engine cannot start.
     """
     encoder = RankerEncoder(models.load_tokenizer(directory), templates)
+    if engine == "vllm":
+        from rso.ranking.vllm_engine import VllmRanker
+
+        return VllmRanker(str(directory), encoder, dtype=str(dtype).removeprefix("torch."))
+    from rso.ranking.transformers_engine import TransformersRanker
+
     model = models.load_model(directory, dtype=dtype, device=device, attention=attention)
     return TransformersRanker(model, encoder, token_budget=token_budget)
 
@@ -271,7 +250,8 @@ def load_ranker(
 def _check_finite(prompt: str, values: Float32) -> None:
     if not np.isfinite(values).all():
         raise NonFiniteLogit(
+            prompt,
             f"ranker, prompt {prompt[:60]!r}: {int((~np.isfinite(values)).sum())} of "
             f"{len(values)} logit differences are NaN or infinite; check that the ranker's "
-            "training did not diverge, or compute in float32."
+            "training did not diverge, or set compute.dtype to float32.",
         )

@@ -1,0 +1,56 @@
+"""The ranker in this process, causal or T5: shared-prefix rows, two logits a comparison."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from rso import models
+from rso.out_of_memory import BatchSize
+from rso.prefix import Row, collate, last_logits, plan_batches, split_row
+from rso.progress import progress as Bar
+from rso.ranking import Float32, RowRanker
+from rso.templates import RankerEncoder
+
+
+class TransformersRanker(RowRanker):
+    """A `Ranker` over a model that is loaded; a row's prefix is computed once for its branches."""
+
+    def __init__(
+        self, model: PreTrainedModel, encoder: RankerEncoder, *, token_budget: int = 4096
+    ) -> None:
+        super().__init__(encoder, models.context_length(model.config))
+        self._model = model
+        self._token_budget = BatchSize(
+            token_budget,
+            "tokens",
+            what="ranker",
+            advice="lower templates.max_context_tokens, or use a device with more memory",
+        )
+
+    def margins(self, rows: Sequence[Row], progress: Bar | None) -> list[Float32]:
+        """Return logit_A - logit_B after every branch of every row, rows as given."""
+        return self._token_budget.attempt(lambda budget: self._within(budget, rows, progress))
+
+    def _within(
+        self, token_budget: int, rows: Sequence[Row], progress: Bar | None
+    ) -> list[Float32]:
+        parts = [
+            (index, part) for index, row in enumerate(rows) for part in split_row(row, token_budget)
+        ]
+        found: list[Float32] = [np.empty(0, np.float32)] * len(parts)
+        for chosen in plan_batches([part.num_tokens for _, part in parts], token_budget):
+            batch = collate([parts[number][1] for number in chosen], device=self._model.device)
+            with torch.inference_mode():
+                logits = last_logits(self._model, batch, self._encoder.labels).cpu().numpy()
+            sizes = [len(spans) for spans in batch.layout.branches]
+            margins = np.split(logits[:, 0] - logits[:, 1], np.cumsum(sizes)[:-1])
+            for number, values in zip(chosen, margins, strict=True):
+                found[number] = values
+            if progress is not None:
+                progress.advance(batch.num_branches)
+        pieces: list[list[Float32]] = [[np.empty(0, np.float32)] for _ in rows]
+        for (index, _), values in zip(parts, found, strict=True):
+            pieces[index].append(values)
+        return [np.concatenate(piece) for piece in pieces]

@@ -1,0 +1,55 @@
+"""The ranker in vLLM, decoder-only: a prompt of one token to draw, of which two logits are read.
+
+Prefix caching computes context and baseline once. The projection runs in float32, since the
+difference of two bfloat16 logits would be a multiple of 0.06 or more.
+"""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from rso.decoding import vllm_engine
+from rso.prefix import Row
+from rso.progress import progress as Bar
+from rso.ranking import Float32, RowRanker
+from rso.templates import RankerEncoder
+
+
+class VllmRanker(RowRanker):
+    """A `Ranker` over `vllm.LLM`; raises `UserError` if vLLM cannot start with the model."""
+
+    def __init__(self, directory: str, encoder: RankerEncoder, *, dtype: str) -> None:
+        self._llm = vllm_engine.start(directory, dtype, hf_overrides={"head_dtype": "float32"})
+        # one token is drawn, which takes a place too
+        super().__init__(encoder, self._llm.llm_engine.model_config.max_model_len - 1)
+        self._lock = threading.Lock()
+
+    def margins(self, rows: Sequence[Row], progress: Bar | None) -> list[Float32]:
+        """Return logit_A - logit_B after every branch of every row, rows as given."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprob_token_ids=list(self._encoder.labels),
+            detokenize=False,
+        )
+        a, b = self._encoder.labels
+        prompts = [
+            {"prompt_token_ids": row.prefix + branch} for row in rows for branch in row.branches
+        ]
+        with self._lock:
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False) if prompts else []
+        if progress is not None:
+            progress.advance(len(prompts))
+        # log-probs differ by what logits differ by: they share the normaliser
+        found = [output.outputs[0].logprobs[0] for output in outputs]
+        flat = np.array([found_a[a].logprob - found_a[b].logprob for found_a in found], np.float32)
+        ends = np.cumsum([len(row.branches) for row in rows])
+        return np.split(flat, ends[:-1]) if rows else []
+
+    def close(self) -> None:
+        """Stop the engine and free its memory."""
+        vllm_engine.stop(self._llm)
+        del self._llm
