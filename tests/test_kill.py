@@ -122,3 +122,61 @@ def test_stage_killed_while_training_goes_on_from_its_checkpoint(
     killed, never = (r.artifact("train_policy", change).manifest for r in (run, whole))
     assert killed.digests == never.digests
     assert killed.counters["steps"] == never.counters["steps"] == 120
+
+
+@pytest.mark.parametrize("stage", ["decode", "score"])
+def test_stage_killed_at_ten_random_moments_does_only_the_rest(
+    tiny_run: system.Run, tmp_path: Path, stage: str
+) -> None:
+    changes = ("prepare.prompts_per_shard=1", "decode.num_prompts=36", "decode.num_samples=24")
+    run = system.Run(tiny_run.path, tmp_path / "store")
+    system.run_all(run.config(*changes), until="score")
+    never = run.artifact(stage, *changes)
+    shutil.move(never.directory, tmp_path / "never")
+    output = {"decode": "candidates", "score": "rewards"}[stage]
+    # a shard is done when its counters are there; its rows are written before
+    done = f"{stage}/*.work/scratch/**/{stage}-*-of-*[0-9].json"
+    command = rso("stage", stage, "-c", run.path, "--set", f"store={run.store}")
+    for change in changes:
+        command += ["--set", change]
+    moments = random.Random(20260101)
+    before: dict[str, int] = {}
+    with processes.marked(tmp_path / "prefect") as starter:
+        for kill in range(10):
+            process = starter.start(command, tmp_path / "log")
+            begun = time.monotonic()
+            # most kills fall between two shards or within one, some on the start
+            wanted = len(before) + moments.choice([0, 1, 1, 2])
+            while len(finished_shards(run, done, output)) < wanted:
+                log = (tmp_path / "log").read_text()
+                assert process.poll() is None and time.monotonic() - begun < 60, log
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0, 0.2))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert starter.gone_within(5) == []
+            after = finished_shards(run, done, output)
+            assert before.items() <= after.items(), f"kill {kill}: a finished shard was done again"
+            before = after
+        total = len(list((tmp_path / "never" / output).glob("*.parquet")))
+        assert 5 < len(before) < total
+        ended = starter.run(command, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+    artifact = system.Run(run.path, run.store).artifact(stage, *changes)
+    assert artifact.manifest.rows[output] == 36 * 24
+    for file in sorted((tmp_path / "never" / output).glob("*.parquet")):
+        again = Path(artifact.directory, output, file.name)
+        assert again.read_bytes() == file.read_bytes()
+        assert before.get(file.name) in (None, again.stat().st_mtime_ns)
+    assert artifact.manifest.counters == never.manifest.counters
+
+
+def finished_shards(run: system.Run, done: str, output: str) -> dict[str, int]:
+    """The files of `output` whose shard is done, and when each was written."""
+    found = {}
+    for counters in run.store.glob(done):
+        work = next(parent for parent in counters.parents if parent.name.endswith(".work"))
+        number = counters.stem.split("-", 1)[1]
+        file = work / output / f"part-{number}.parquet"
+        found[file.name] = file.stat().st_mtime_ns
+    return found
