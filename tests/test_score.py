@@ -142,7 +142,7 @@ def test_score_with_a_broken_ranker_names_the_prompt(
 def test_planted_preference_gets_the_highest_reward_of_every_prompt(
     finished: system.Run, make_llama: Any, tmp_path: Path
 ) -> None:
-    """The sign of a reward, from the labels that a ranker learnt to the rows that `score` writes."""
+    """The sign of a reward, from the labels that a ranker learnt to the rows of `score`."""
     directory = make_llama(tmp_path / "planted", initializer_range=0.1)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     plant_preference(model, RankerEncoder(load_tokenizer(directory), Templates()))

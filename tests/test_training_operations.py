@@ -1,5 +1,6 @@
 """Several processes, full disks, memory savers, adapters: whatever surrounds the steps."""
 
+import importlib.util
 import json
 import re
 import signal
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from rso.config import Lora
+from rso.decoding import Request, Sampling, load_decoder
 from rso.errors import UserError
 from rso.prefix import Row
 from rso.training.steps import Example, Step
@@ -239,6 +241,38 @@ def test_adapters_are_merged_into_what_is_written(
     gain = {key: trained[key] - reference[key] for key in trained}
     margins = [gain[r.prompt_id, r.chosen_id] - gain[r.prompt_id, r.rejected_id] for r in rows]
     assert sum(margins) / len(margins) > 1
+
+
+@pytest.mark.slow
+def test_merged_adapters_open_with_vllm(tiny_llama_dir: str, tmp_path: Path) -> None:
+    run_sft(tiny_llama_dir, tmp_path, lora=LORA, epochs=4, learning_rate=1e-2)
+    directory = str(tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ids = [5, 6, 7, 8]
+    expected = plain.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8)[0, 4:]
+    decoder = load_decoder("vllm", directory, dtype="float32", max_model_len=64)
+    greedy = Sampling(temperature=0.0, top_k=0, max_new_tokens=8)
+    ((found,),) = decoder.decode([Request("p", ids)], greedy, seed=0)
+    decoder.close()
+    assert found.token_ids == expected.tolist()
+
+
+def test_tensorboard_gets_the_curve(
+    tiny_llama_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(UserError, match="report_to names tensorboard, which is not installed"):
+            run_sft(tiny_llama_dir, tmp_path, report_to=("tensorboard",))
+        return
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    result = run_sft(tiny_llama_dir, tmp_path, report_to=("tensorboard",))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = (tmp_path / "logs").rglob("events.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    losses = [scalar.value for scalar in events.Scalars("train/loss")]
+    assert losses == pytest.approx([entry["loss"] for entry in result.curve], rel=1e-3)
 
 
 def test_adapters_resume_to_the_same_weights(tiny_llama_dir: str, tmp_path: Path) -> None:
