@@ -113,6 +113,7 @@ class ScoreShard:
                 "prompts": len(scored),
                 "responses": len(candidates),
                 "scored_once_for_copies": len(candidates) - distinct,
+                "contexts_cut": ranker.count_cut([one.texts.prompt for one in scored]),
                 "reward_sum": float(flat.astype(np.float64).sum()),
                 "reward_spread_sum": float(sum(np.std(r.astype(np.float64)) for r in rewards)),
                 "reward_variance_sum": float(sum(np.var(r.astype(np.float64)) for r in rewards)),

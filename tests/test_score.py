@@ -125,6 +125,32 @@ def test_score_shows_the_bias_of_a_ranker_that_likes_a_slot(
     assert counters["believed"] == pytest.approx(0.5, abs=0.01)
 
 
+def test_score_counts_contexts_that_are_cut(finished: system.Run, tmp_path: Path) -> None:
+    run = finished.copy(tmp_path / "store")
+    prompts = {row["prompt_id"]: row["prompt"] for row in run.rows("prepare/prompts")}
+    chosen = {row["prompt_id"] for row in run.rows("decode/candidates")}
+    ranker = load(run.artifact("train_ranker").local("ranker"))
+    sizes = [len(ranker._encoder.context(prompts[prompt_id]).ids) for prompt_id in chosen]
+    limit = sorted(sizes)[8]
+    whole = run.artifact("score").manifest.counters["contexts_cut"]
+    shard = ScoreShard(
+        RankerSource(
+            run.artifact("train_ranker").local("ranker"),
+            run.config().compute,
+            Templates(max_context_tokens=limit),
+        ),
+        frozenset(),
+        0,
+    )
+    tables = {
+        "candidates": run.artifact("decode").read("candidates"),
+        "prompts": run.artifact("prepare").read("prompts"),
+        "comparisons": run.artifact("compare").read("comparisons"),
+    }
+    counted = shard(shard.setup(), tables).counters["contexts_cut"]
+    assert whole == 0 and counted == sum(size > limit for size in sizes) > 0
+
+
 def test_score_with_a_broken_ranker_names_the_prompt(
     finished: system.Run, make_llama: Any, tmp_path: Path
 ) -> None:

@@ -68,6 +68,10 @@ class Ranker(Protocol):
         """Return the rewards of each item's responses (eq. 7)."""
         ...
 
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """Return how many prompts are longer than `max_context_tokens` and lose their end."""
+        ...
+
 
 class RowRanker(ABC):
     """A language model fine-tuned to say which slot holds the better response.
@@ -213,6 +217,10 @@ class WeightedRanker:
         """Return the rewards of each item's responses (eq. 7)."""
         found = [ranker.rewards_many(items, progress) for ranker in self._rankers]
         return [self._sum(rewards) for rewards in zip(*found, strict=True)]
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """Return how many prompts lose their end, by the ranker that cuts most of them."""
+        return max(ranker.count_cut(prompts) for ranker in self._rankers)
 
     def _sum(self, values: Sequence[Float32]) -> Float32:
         return weighted_sum(values, self._factors)
