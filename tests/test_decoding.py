@@ -287,6 +287,7 @@ def test_transformers_decode_equals_one_sample_at_a_time(
         ("transformers_engine.BYTES_PER_WAVE", 1),
         ("causal.TOKENS_PER_PREFILL", 1),
         ("causal.TOKENS_PER_PREFILL", 40),
+        ("shared_prompt.MOST_RUNS", 0),
         ("shared_prompt.LIVE_SHARE", 0.0),
         ("shared_prompt.LIVE_SHARE", 1.0),
     ],

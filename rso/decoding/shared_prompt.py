@@ -6,7 +6,9 @@ log-sum-exps. Samples are packed one a row in the rest of the model, so that a f
 nothing there.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ ATTENTION = "rso_shared_prompt"
 
 # Below this share of live rows the keys of the finished ones are dropped, which is a copy.
 LIVE_SHARE = 0.75
+# More runs of prompts of one length than these are masked instead of cut.
+MOST_RUNS = 8
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -54,12 +58,8 @@ class Prompts:
     """
 
     def __init__(self, lengths: Tensor, dtype: torch.dtype) -> None:
-        self.lengths = lengths
+        self.lengths, self.runs = lengths, runs(lengths, dtype)
         self.stored = Stored(len(lengths), int(lengths.max()))
-        columns = torch.arange(int(lengths.max()), device=lengths.device)
-        is_prompt = columns < lengths[:, None]
-        # without a mask attention is faster
-        self.mask = None if is_prompt.all() else additive(is_prompt[:, None, None], dtype)
 
 
 class Prefill:
@@ -102,8 +102,9 @@ class LastToken:
         place = torch.arange(len(prompts.lengths), device=key.device), slice(None)
         keys[*place, prompts.lengths - 1] = key[:, :, 0]
         values[*place, prompts.lengths - 1] = value[:, :, 0]
+        mask = padding_mask(prompts.lengths, query.dtype)
         return scaled_dot_product_attention(
-            query, keys, values, attn_mask=prompts.mask, scale=scale, enable_gqa=True
+            query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
         )
 
 
@@ -183,7 +184,7 @@ class Step:
         shared, shared_total = across(
             folded,
             *self._prompts.stored.layer(layer, key, value),
-            self._prompts.mask,
+            self._prompts.runs,
             self._slots,
             scale,
         )
@@ -227,8 +228,45 @@ def attention(
 AttentionInterface.register(ATTENTION, attention)
 
 
+class Run(NamedTuple):
+    """Consecutive groups, the columns that they read, and what masks some of them (additive)."""
+
+    groups: slice
+    columns: slice
+    mask: Tensor | None
+
+
+def runs(lengths: Tensor, dtype: torch.dtype) -> list[Run]:
+    """Return the groups of `lengths` keys in runs of one length, which need no mask.
+
+    A mask costs a fifth of a decoding step on a CPU, so only many lengths are padded to one run.
+    """
+    sizes, counts = (
+        found.tolist() for found in torch.unique_consecutive(lengths, return_counts=True)
+    )
+    if len(sizes) > MOST_RUNS:
+        mask = padding_mask(lengths, dtype)
+        return [Run(slice(0, len(lengths)), slice(0, int(lengths.max())), mask)]
+    ends = list(accumulate(counts))
+    return [
+        Run(slice(end - count, end), slice(0, size), None)
+        for size, count, end in zip(sizes, counts, ends, strict=True)
+    ]
+
+
+def padding_mask(lengths: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the additive mask [group, 1, 1, column] of keys padded on the right."""
+    columns = torch.arange(int(lengths.max()), device=lengths.device)
+    return additive((columns < lengths[:, None])[:, None, None], dtype)
+
+
 def across(
-    folded: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, slots: Slots, scale: float
+    folded: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    runs: Sequence[Run],
+    slots: Slots,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attend from rows to the keys of their group: `with_total` of each row.
 
@@ -238,7 +276,17 @@ def across(
     num_heads, num_queries, size = folded.shape[1:]
     # [group, key head, slot x query, size]
     together = slots.spread(folded).transpose(1, 2).flatten(2, 3)
-    seen, total = with_total(together, keys, values, mask, scale)
+    parts = [
+        with_total(
+            together[run.groups],
+            keys[run.groups, :, run.columns],
+            values[run.groups, :, run.columns],
+            run.mask,
+            scale,
+        )
+        for run in runs
+    ]
+    seen, total = (torch.cat(found) for found in zip(*parts, strict=True))
     shape = (slots.num_groups, num_heads, slots.num_slots, num_queries)
     seen = seen.reshape(*shape, size).transpose(1, 2)
     return slots.gather(seen), slots.gather(total.reshape(shape).transpose(1, 2))
