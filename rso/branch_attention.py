@@ -118,7 +118,9 @@ def attention(
 
 
 class _BranchAttention(torch.autograd.Function):
-    """Flash attention by slices, in float32: bfloat16's backward pass is ten times slower.
+    """Flash attention by slices: in the type of the keys, but in float32 where there are gradients.
+
+    Backward, bfloat16 is ten times slower.
 
     The gradient of a slice is that of flash attention given the merged output and log-sum-exp,
     since both say what share of the softmax the slice's keys had.
@@ -129,9 +131,10 @@ class _BranchAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
     ) -> Tensor:
         """[1, head, position, size] to [1, position, head, size] in the type of `value`."""
-        q, k, v = _in_float32(query, key, value)
+        is_trained = any(ctx.needs_input_grad)
+        q, k, v = (_in_float32 if is_trained else _repeated)(query, key, value)
         out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-        total = q.new_empty(q.shape[:3])
+        total = q.new_empty(q.shape[:3], dtype=torch.float32)
         for prefix, branches in zip(layout.prefixes, layout.branches, strict=True):
             at = _slice(prefix)
             out[at], total[at[:3]] = _flash(q[at], k[at], v[at], 0.0, True, scale=scale)
@@ -142,9 +145,12 @@ class _BranchAttention(torch.autograd.Function):
                 out[own], total[own[:3]] = _flash(q[own], k[own], v[own], 0.0, True, scale=scale)
             merged = torch.logaddexp(total[all_of_row[:3]], prefix_total)
             share = (total[all_of_row[:3]] - merged).exp_()[..., None]
-            out[all_of_row] = torch.lerp(to_prefix, out[all_of_row], share)
+            out[all_of_row] = torch.lerp(to_prefix.float(), out[all_of_row].float(), share).to(
+                q.dtype
+            )
             total[all_of_row[:3]] = merged
-        ctx.save_for_backward(query, key, value, out, total)
+        if is_trained:
+            ctx.save_for_backward(query, key, value, out, total)
         ctx.layout, ctx.scale = layout, scale
         return out.transpose(1, 2).to(value.dtype)
 
@@ -189,9 +195,13 @@ def _slice(span: Span) -> tuple[slice, ...]:
 
 
 def _in_float32(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In float32, with keys and values repeated for all query heads."""
+    return _repeated(query.float(), key.float(), value.float())
+
+
+def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With keys and values repeated for all query heads."""
     groups = query.shape[1] // key.shape[1]
-    return query.float(), repeat_kv(key.float(), groups), repeat_kv(value.float(), groups)
+    return query, repeat_kv(key, groups), repeat_kv(value, groups)
 
 
 def _is_seen(row: Tensor, segment: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def top_logits(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if num_columns <= 4 * count:
         top, token_ids = torch.topk(logits, count, dim=-1)
         return top.float(), token_ids
-    laid_out = logits[:, : BLOCK * num_columns].unflatten(-1, (BLOCK, num_columns))
+    laid_out = logits[:, : BLOCK * num_columns].view(-1, BLOCK, num_columns)
     columns = laid_out.amax(1).topk(count, dim=-1).indices
     # what the layout leaves over is looked at whole
     rest = torch.arange(BLOCK * num_columns, logits.shape[-1], device=logits.device)
@@ -88,7 +88,7 @@ def token_logps(logits: Tensor, token_ids: Tensor) -> Tensor:
     """Return the log-softmax in nats, fp32, of `token_ids` [row, draw] under [row, vocabulary]."""
     # few rows at a time, so that what is computed of them stays in a CPU's cache
     elements = 1 << 18 if logits.device.type == "cpu" else 1 << 26
-    parts = logits.split(max(1, elements // logits.shape[-1]))
+    parts = torch.split(logits, max(1, elements // logits.shape[-1]))
     total = torch.cat([part.float().logsumexp(-1, keepdim=True) for part in parts])
     return logits.gather(-1, token_ids).float() - total
 

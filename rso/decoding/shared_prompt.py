@@ -83,10 +83,10 @@ class Prefill:
             return scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scale, enable_gqa=True
             )
-        seen = (buffer[self._rows, :, : self._columns.stop] for buffer in (keys, values))
+        seen = self._rows, slice(None), slice(0, self._columns.stop)
         mask = additive(self._is_seen, query.dtype)
         return scaled_dot_product_attention(
-            query, *seen, attn_mask=mask, scale=scale, enable_gqa=True
+            query, keys[seen], values[seen], attn_mask=mask, scale=scale, enable_gqa=True
         )
 
 
