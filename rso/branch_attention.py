@@ -118,7 +118,7 @@ def attention(
 
 
 class _BranchAttention(torch.autograd.Function):
-    """Flash attention by slices: in the type of the keys, but in float32 where there are gradients.
+    """Flash attention by slices: in the values' type, but in float32 where there are gradients.
 
     Backward, bfloat16 is ten times slower.
 
@@ -132,7 +132,9 @@ class _BranchAttention(torch.autograd.Function):
     ) -> Tensor:
         """[1, head, position, size] to [1, position, head, size] in the type of `value`."""
         is_trained = any(ctx.needs_input_grad)
-        q, k, v = (_in_float32 if is_trained else _repeated)(query, key, value)
+        # under autocast rotary positions leave queries and keys in float32, and values are not
+        dtype = torch.float32 if is_trained else value.dtype
+        q, k, v = _in_type(dtype, query, key, value)
         out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
         total = q.new_empty(q.shape[:3], dtype=torch.float32)
         for prefix, branches in zip(layout.prefixes, layout.branches, strict=True):
@@ -157,7 +159,7 @@ class _BranchAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, total = ctx.saved_tensors
-        q, k, v = _in_float32(query, key, value)
+        q, k, v = _in_type(torch.float32, query, key, value)
         (gradient,) = gradients
         grad_out = gradient.float().transpose(1, 2)
         grads = tuple(torch.zeros_like(t) for t in (q, k, v))
@@ -194,14 +196,12 @@ def _slice(span: Span) -> tuple[slice, ...]:
     return slice(None), slice(None), slice(*span)
 
 
-def _in_float32(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _repeated(query.float(), key.float(), value.float())
-
-
-def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With keys and values repeated for all query heads."""
+def _in_type(
+    dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In one type, with keys and values repeated for all query heads."""
     groups = query.shape[1] // key.shape[1]
-    return query, repeat_kv(key, groups), repeat_kv(value, groups)
+    return query.to(dtype), repeat_kv(key.to(dtype), groups), repeat_kv(value.to(dtype), groups)
 
 
 def _is_seen(row: Tensor, segment: Tensor, query: Tensor, key: Tensor) -> Tensor:
