@@ -84,7 +84,7 @@ def test_run_path_of_every_dataset_opens_in_pandas(
     command = rso("run", run.path, "--set", f"store={run.store}", "--json")
     places = json.loads(starter.run(command, timeout=60).stdout)["places"]
     datasets = [name for name in places if name.split("/")[-1] in SCHEMAS]
-    assert len(datasets) == 15
+    assert len(datasets) == 16
     for name in datasets:
         assert list(pandas.read_parquet(places[name]).columns) == SCHEMAS[name.split("/")[1]].names
 
