@@ -45,7 +45,7 @@ class VllmRanker(RowRanker):
             progress.advance(len(prompts))
         # log-probs differ by what logits differ by: they share the normaliser
         found = [output.outputs[0].logprobs[0] for output in outputs]
-        flat = np.array([found_a[a].logprob - found_a[b].logprob for found_a in found], np.float32)
+        flat = np.array([of[a].logprob - of[b].logprob for of in found], np.float32)
         ends = np.cumsum([len(row.branches) for row in rows])
         return np.split(flat, ends[:-1]) if rows else []
 
