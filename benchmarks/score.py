@@ -9,11 +9,11 @@ Sides, each a process that holds the ranker and takes turns with the other:
 
 The same weights, token ids and candidates, bfloat16. A turn scores all candidates of some prompts
 (`padded`: of one); rates are comparisons a second. Both sides' rewards of the same prompt are
-compared. A first turn warms up. `--model t5` makes a ranker of T5-small's shape with random
-weights: its encoder reads every comparison whole, so only equal candidates and equal lengths side
-by side save anything. `--copies` is the share of candidates that repeat another's text.
+compared. A first turn warms up. `--model` may name a shape, whose weights are random then. T5's
+encoder reads every comparison whole, so only equal candidates and equal lengths side by side save
+anything. `--copies` is the share of candidates that repeat another's text.
 
-Run: python benchmarks/score.py [--rounds 5] [--prompts 4] [--copies 0] [--model SOURCE | t5]
+Run: python benchmarks/score.py [--rounds 5] [--prompts 4] [--copies 0] [--model SOURCE | SHAPE]
 """
 
 import argparse
@@ -23,11 +23,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _sides import Figures, Turns, ceilings, machine, spread, take_turns
-from decode import DTYPE, MODEL, one_token_words, write_model
+import _roofline
+from _sides import Figures, Turns, machine, spread, take_turns
+from decode import DTYPE, MODEL, SHAPES, load_config, one_token_words, write_model
 
 SIDES = ("ours", "padded")
-NUM_CANDIDATES, CONTEXT_TOKENS, BATCH = 64, 256, 16
+NUM_CANDIDATES, CONTEXT_TOKENS = 64, 256
 
 
 def main() -> None:
@@ -39,7 +40,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4, help="prompts a turn (padded: one)")
     parser.add_argument("--tokens", type=int, nargs=2, default=(64, 64), help="of a response")
     parser.add_argument("--copies", type=float, default=0.0, help="share of repeated candidates")
-    parser.add_argument("--model", default=MODEL, help="causal model, or t5")
+    parser.add_argument("--model", default=MODEL, help=f"a model, or one of {', '.join(SHAPES)}")
+    parser.add_argument("--tokenizer", default=MODEL, help="where a shape's tokenizer is from")
+    parser.add_argument("--token-budget", type=int, default=4096, help="tokens a pass of ours")
+    parser.add_argument("--batch", type=int, default=16, help="comparisons a pass of padded")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
@@ -48,13 +52,14 @@ def main() -> None:
         work(arguments)
         return
     print(machine(("torch", "transformers"), arguments.device))
-    print(ceilings(DTYPE, arguments.device), flush=True)
+    ceilings = _roofline.measure(DTYPE, arguments.device)
     with tempfile.TemporaryDirectory() as directory:
-        write_model(arguments.model, Path(directory, "model"))
-        given = {"directory": directory, "prompts": arguments.prompts, "copies": arguments.copies}
-        given["device"] = arguments.device
-        options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        options += ["--tokens", *map(str, arguments.tokens)]
+        write_model(arguments, Path(directory, "model"))
+        model = load_config(directory)
+        given = ("prompts", "copies", "device", "token_budget", "batch")
+        options = ["--directory", directory, "--tokens", *map(str, arguments.tokens)]
+        for name in given:
+            options += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
         commands = {side: [__file__, "--worker", side, *options] for side in SIDES}
         answers = take_turns(commands, arguments.rounds + 1, what="score")
     low, high = arguments.tokens
@@ -64,6 +69,18 @@ def main() -> None:
         f"to {high} tokens; {arguments.rounds} turns a side"
     )
     print_table(answers)
+    if not model.is_encoder_decoder and low == high:
+        distinct = round(NUM_CANDIDATES * (1 - arguments.copies))
+        seconds = _roofline.score_seconds(
+            _roofline.Model.of(model),
+            ceilings,
+            prefix_tokens=CONTEXT_TOKENS + low,
+            branch_tokens=[low] * distinct,
+        )
+        turns = answers["ours"][1:]
+        rate = statistics.median(turn["comparisons"] / turn["seconds"] for turn in turns)
+        most = NUM_CANDIDATES / seconds
+        print(f"roofline (_roofline.py): {most:,.0f} comparisons/s; ours reached {rate / most:.1%}")
 
 
 def print_table(answers: dict[str, list[Figures]]) -> None:
@@ -140,7 +157,7 @@ def ours(arguments: argparse.Namespace) -> Any:
         arguments.directory / "model",
         Templates(),
         dtype=DTYPE,
-        token_budget=settings.token_budget,
+        token_budget=arguments.token_budget,
         device=arguments.device,
         attention=settings.attention,
     )
@@ -170,11 +187,11 @@ def padded(arguments: argparse.Namespace) -> Any:
         sizes = torch.tensor([len(ids) for ids in inputs], device=arguments.device)
         mask = torch.arange(width, device=arguments.device) < sizes[:, None]
         if is_encoder_decoder:
-            start = torch.full((len(ids), 1), model.config.decoder_start_token_id)
+            start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
             logits = model(ids, attention_mask=mask.long(), decoder_input_ids=start).logits[:, 0]
         else:
             logits = model(ids, attention_mask=mask.long()).logits
-            logits = logits[torch.arange(len(ids)), sizes - 1]
+            logits = logits[torch.arange(len(ids), device=ids.device), sizes - 1]
         found: list[float] = (logits[:, b].float() - logits[:, a].float()).tolist()
         return found
 
@@ -184,7 +201,9 @@ def padded(arguments: argparse.Namespace) -> Any:
             for item in items:
                 context = encoder.context(item.prompt).ids
                 inputs = [context + encoder.branch(item.baseline, y) for y in item.responses]
-                parts = [inputs[i : i + BATCH] for i in range(0, len(inputs), BATCH)]
+                parts = [
+                    inputs[i : i + arguments.batch] for i in range(0, len(inputs), arguments.batch)
+                ]
                 rewards.append([value for part in parts for value in batch(part)])
         return rewards
 

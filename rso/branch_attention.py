@@ -1,24 +1,26 @@
 """Attention over packed shared-prefix rows: a prefix is read once, and branches are never mixed.
 
 Rows lie one after another in one sequence, `prefix branch branch … prefix branch …`, without
-padding. A prefix attends to itself, a branch to its row's prefix and to itself. On a CPU these are
-flash-attention calls over contiguous slices: the prefix alone; all branches of a row over its
-prefix; each branch alone. The last two see disjoint keys, so their softmaxes merge by their
-log-sum-exps, and nothing that is masked is computed. Elsewhere FlexAttention takes the same layout
-as a block mask.
+padding. A prefix attends to itself, a branch to its row's prefix and to itself. The two that a
+branch attends to are disjoint, so flash attention over each is merged by the log-sum-exps, and
+nothing that is masked is computed. On a CPU every slice is a call of its own, on a GPU all slices
+of a kind are one. Float32 on a GPU has no such kernel and takes one dense mask.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from rso import flash_on_gpu
+from rso.flash_on_gpu import Spans
 
 ATTENTION = "branches"
 """The name of `attention` in transformers' registry, and in `compute.attention`."""
@@ -26,6 +28,18 @@ ATTENTION = "branches"
 Span = tuple[int, int]
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+class Packed(NamedTuple):
+    """A layout as kernels on a GPU take it: sequences of tokens, and the tokens' places."""
+
+    segments: Spans
+    """Prefixes and branches, all tokens in order."""
+    prefixes: Spans
+    prefix_tokens: Tensor
+    branches: Spans
+    """All branches of a row are one sequence."""
+    branch_tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -37,20 +51,40 @@ class Layout:
 
     prefixes: tuple[Span, ...]
     branches: tuple[tuple[Span, ...], ...]
+    device: torch.device
 
     @property
     def num_tokens(self) -> int:
         """Length of the sequence."""
         return self.branches[-1][-1][1]
 
-    def is_seen(self, device: torch.device | str) -> Tensor:
+    @cached_property
+    def is_seen(self) -> Tensor:
         """Bool [query, key]: whether a query attends to a key. Quadratic: for dense attention."""
-        row, segment = self.segments(device)
-        index = torch.arange(self.num_tokens, device=device)
-        query, key = index[:, None], index[None, :]
-        return _is_seen(row, segment, query, key)
+        row, segment = self._rows_and_segments()
+        index = torch.arange(self.num_tokens, device=self.device)
+        is_own = (segment[:, None] == segment) | (segment == 0)
+        return (row[:, None] == row) & is_own & (index <= index[:, None])
 
-    def segments(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def packed(self) -> Packed:
+        """The layout for the kernels of `flash_on_gpu`, made once for all layers."""
+        prefixes = list(self.prefixes)
+        branches = [(spans[0][0], spans[-1][1]) for spans in self.branches]
+        segments = [
+            span
+            for prefix, spans in zip(prefixes, self.branches, strict=True)
+            for span in (prefix, *spans)
+        ]
+        return Packed(
+            self._spans(segments),
+            self._spans(prefixes),
+            self._tokens(prefixes),
+            self._spans(branches),
+            self._tokens(branches),
+        )
+
+    def _rows_and_segments(self) -> tuple[Tensor, Tensor]:
         """Row of each token, and its segment: 0 for the prefix, from 1 for the row's branches."""
         row = torch.empty(self.num_tokens, dtype=torch.int64)
         segment = torch.empty(self.num_tokens, dtype=torch.int64)
@@ -58,22 +92,13 @@ class Layout:
             row[prefix[0] : branches[-1][1]] = number
             for order, (start, end) in enumerate((prefix, *branches)):
                 segment[start:end] = order
-        return row.to(device), segment.to(device)
+        return row.to(self.device), segment.to(self.device)
 
-    @cached_property
-    def block_mask(self) -> BlockMask:
-        """FlexAttention's form of `is_seen`, built once for all layers, on the GPU."""
-        return self.block_mask_on("cuda")
+    def _spans(self, spans: list[Span]) -> Spans:
+        return Spans.of_sizes([end - start for start, end in spans], self.device)
 
-    def block_mask_on(self, device: torch.device | str) -> BlockMask:
-        """FlexAttention's form of `is_seen` on `device`."""
-        row, segment = self.segments(device)
-
-        def is_seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return _is_seen(row, segment, query, key)
-
-        size = self.num_tokens
-        return create_block_mask(is_seen, None, None, size, size, device=str(device))
+    def _tokens(self, spans: list[Span]) -> Tensor:
+        return torch.cat([torch.arange(*span) for span in spans]).to(self.device)
 
 
 def attention(
@@ -107,17 +132,24 @@ def attention(
             "attention_dropout to 0 in the model's config.json, or compute.attention to sdpa."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Typed loosely: torch does not annotate `apply`.
+    on_cpu: Any = _OnCpu.apply
+    on_gpu: Any = _OnGpu.apply
     if query.device.type == "cpu":
-        # Typed loosely: torch does not annotate `apply`.
-        apply: Any = _BranchAttention.apply
-        return apply(query, key, value, branches, scale), None
-    seen = _compiled_flex(
-        query, key, value, block_mask=branches.block_mask, scale=scale, enable_gqa=True
-    )
-    return seen.transpose(1, 2), None
+        return on_cpu(query, key, value, branches, scale), None
+    if flash_on_gpu.has_kernel(value):
+        return on_gpu(query, key, value, branches, scale), None
+    return dense(query, key, value, branches, scale), None
 
 
-class _BranchAttention(torch.autograd.Function):
+def dense(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    """`attention` with one mask over the whole sequence, quadratic in its tokens."""
+    q, k, v = _in_type(value.dtype, query, key, value)
+    seen = scaled_dot_product_attention(q, k, v, attn_mask=layout.is_seen, scale=scale)
+    return seen.transpose(1, 2)
+
+
+class _OnCpu(torch.autograd.Function):
     """Flash attention by slices: in the values' type, but in float32 where there are gradients.
 
     Backward, bfloat16 is ten times slower.
@@ -204,13 +236,77 @@ def _in_type(
     return query.to(dtype), repeat_kv(key.to(dtype), groups), repeat_kv(value.to(dtype), groups)
 
 
-def _is_seen(row: Tensor, segment: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    is_own = (segment[key] == segment[query]) | (segment[key] == 0)
-    return (row[key] == row[query]) & is_own & (key <= query)
+class _OnGpu(torch.autograd.Function):
+    """Flash attention in the values' type: every segment over itself, branches over prefixes.
 
+    The gradients of both are those of flash attention given the merged output and log-sum-exp.
+    """
 
-# Compiled, it is one kernel; as plain Python it would hold every score.
-_compiled_flex = torch.compile(flex_attention, dynamic=True)
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
+    ) -> Tensor:
+        packed = layout.packed
+        # under autocast rotary positions leave queries and keys in float32
+        q, k, v = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))
+        at, of_prefix = packed.branch_tokens, packed.prefix_tokens
+        out, total = flash_on_gpu.attend(
+            q, k, v, packed.segments, packed.segments, is_causal=True, scale=scale
+        )
+        to_prefix, prefix_total = flash_on_gpu.attend(
+            q[at],
+            k[of_prefix],
+            v[of_prefix],
+            packed.branches,
+            packed.prefixes,
+            is_causal=False,
+            scale=scale,
+        )
+        merged = torch.logaddexp(total[:, at], prefix_total)
+        share = (total[:, at] - merged).exp_().T[..., None]
+        out[at] = torch.lerp(to_prefix.float(), out[at].float(), share).to(out.dtype)
+        total[:, at] = merged
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(q, k, v, out, total)
+        ctx.layout, ctx.scale, ctx.dtypes = layout, scale, (query.dtype, key.dtype)
+        return out[None]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, total = ctx.saved_tensors
+        packed = ctx.layout.packed
+        at, of_prefix = packed.branch_tokens, packed.prefix_tokens
+        gradient = gradients[0][0].to(out.dtype).contiguous()
+        dq, dk, dv = flash_on_gpu.gradients(
+            gradient,
+            q,
+            k,
+            v,
+            out,
+            total,
+            packed.segments,
+            packed.segments,
+            is_causal=True,
+            scale=ctx.scale,
+        )
+        of_branches, *of_prefixes = flash_on_gpu.gradients(
+            gradient[at],
+            q[at],
+            k[of_prefix],
+            v[of_prefix],
+            out[at],
+            total[:, at],
+            packed.branches,
+            packed.prefixes,
+            is_causal=False,
+            scale=ctx.scale,
+        )
+        dq[at] += of_branches
+        dk[of_prefix] += of_prefixes[0]
+        dv[of_prefix] += of_prefixes[1]
+        dq, dk, dv = (part.transpose(0, 1)[None] for part in (dq, dk, dv))
+        return dq.to(ctx.dtypes[0]), dk.to(ctx.dtypes[1]), dv, None, None
+
 
 AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)

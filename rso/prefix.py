@@ -82,7 +82,7 @@ def collate(rows: Sequence[Row], *, device: torch.device | str = "cpu") -> Batch
     return Batch(
         torch.tensor([ids], device=device),
         torch.tensor([positions], device=device),
-        Layout(tuple(prefixes), tuple(branches)),
+        Layout(tuple(prefixes), tuple(branches), torch.device(device)),
     )
 
 
@@ -211,7 +211,7 @@ def _attention_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     if kind == ATTENTION:
         # The mask has four axes, so that the model leaves it alone, and is never read.
         return {"attention_mask": batch.position_ids[None, None], "branches": batch.layout}
-    is_seen = batch.layout.is_seen(batch.input_ids.device)[None, None]
+    is_seen = batch.layout.is_seen[None, None]
     if kind == "sdpa":
         return {"attention_mask": is_seen}
     # Eager attention adds the mask to the scores.

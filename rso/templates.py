@@ -7,6 +7,7 @@ re-tokenised together.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -46,9 +47,9 @@ def encode_prompt(
     """
     if templates.prompt == "chat":
         before, after = _chat_frame(tokenizer, templates.instruction)
-        return _encode_within(tokenizer, before, prompt, after)
+        return _encode_within(tokenizer, before, [prompt], after)[0]
     before, after = _frame("templates.prompt", templates.prompt, "prompt")
-    ids = _one_bos(tokenizer, _encode_within(tokenizer, before, prompt, after))
+    ids = _one_bos(tokenizer, _encode_within(tokenizer, before, [prompt], after)[0])
     return _encoder_end(tokenizer, ids)
 
 
@@ -59,7 +60,7 @@ def encode_response(
 
     Decoded responses have ids of their own and must not come through here.
     """
-    ids = _encode_text(tokenizer, templates.response_prefix + text)
+    (ids,) = _encode_texts(tokenizer, [templates.response_prefix + text])
     return [*ids, int(tokenizer.eos_token_id)] if eos else ids
 
 
@@ -81,20 +82,24 @@ class RankerEncoder:
         object.__setattr__(self, "labels", label_ids(self.tokenizer, self.templates))
         suffix = _encode_template(self.tokenizer, self.templates.ranker_suffix)
         object.__setattr__(self, "suffix", _encoder_end(self.tokenizer, suffix))
-        self.context("x"), self.side("A", "x"), self.side("B", "x")
+        self.context("x"), self.branch("x", "x")
 
     def context(self, prompt: str) -> Context:
         """Return the ids before the responses, cut from the right to `max_context_tokens`."""
         before, after = _frame("templates.ranker_context", self.templates.ranker_context, "prompt")
-        ids = _one_bos(self.tokenizer, _encode_within(self.tokenizer, before, prompt, after))
+        ids = _one_bos(self.tokenizer, _encode_within(self.tokenizer, before, [prompt], after)[0])
         limit = self.templates.max_context_tokens
         return Context(ids[:limit], max(0, len(ids) - limit))
 
-    def side(self, slot: Literal["A", "B"], response: str) -> list[int]:
-        """Return the ids of a response in its slot; responses are never cut."""
+    def sides(self, slot: Literal["A", "B"], responses: Sequence[str]) -> list[list[int]]:
+        """Return the ids of responses in their slot; responses are never cut."""
         name = "ranker_a" if slot == "A" else "ranker_b"
         before, after = _frame(f"templates.{name}", getattr(self.templates, name), "response")
-        return _encode_within(self.tokenizer, before, response, after)
+        return _encode_within(self.tokenizer, before, responses, after)
+
+    def side(self, slot: Literal["A", "B"], response: str) -> list[int]:
+        """Return the ids of one response in its slot."""
+        return self.sides(slot, [response])[0]
 
     def branch(self, first: str, second: str) -> list[int]:
         """Return what follows the context: `first` in slot A, `second` in slot B, the suffix."""
@@ -107,7 +112,7 @@ def label_ids(tokenizer: PreTrainedTokenizerBase, templates: Templates) -> Label
     Raises:
         UserError: a label is not exactly one token, or both are the same.
     """
-    ids = [_encode_text(tokenizer, label) for label in (templates.label_a, templates.label_b)]
+    ids = _encode_texts(tokenizer, [templates.label_a, templates.label_b])
     for name, label, found in zip("ab", (templates.label_a, templates.label_b), ids, strict=True):
         if len(found) != 1:
             raise UserError(
@@ -152,8 +157,8 @@ def _frame(name: str, template: str, placeholder: str) -> tuple[str, str]:
 
 
 def _encode_within(
-    tokenizer: PreTrainedTokenizerBase, before: str, text: str, after: str
-) -> list[int]:
+    tokenizer: PreTrainedTokenizerBase, before: str, texts: Sequence[str], after: str
+) -> list[list[int]]:
     """Return ids of before + text + after where only the frame's special tokens are special.
 
     The stretch between the special tokens nearest to the text is tokenised as a whole, so that
@@ -165,11 +170,11 @@ def _encode_within(
         head = max((match.end() for match in special.finditer(before)), default=0)
         first = special.search(after)
         tail = first.start() if first else len(after)
-    return (
-        _encode_template(tokenizer, before[:head])
-        + _encode_text(tokenizer, before[head:] + text + after[:tail])
-        + _encode_template(tokenizer, after[tail:])
+    first_ids, last_ids = (
+        _encode_template(tokenizer, part) for part in (before[:head], after[tail:])
     )
+    stretches = [before[head:] + text + after[:tail] for text in texts]
+    return [first_ids + ids + last_ids for ids in _encode_texts(tokenizer, stretches)]
 
 
 def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
@@ -183,22 +188,35 @@ def _encode_template(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
-def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    if not text:
-        return []
-    ids = _plain_ids(tokenizer, text)
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of texts in which nothing is special; many at once use all cores."""
+    encoded = _plain_ids(tokenizer, texts)
     special = _special_pattern(tokenizer)
-    if special is None or not special.search(text):
-        return ids
-    if not set(ids) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}):
-        return ids
+    if special is None:
+        return encoded
+    reserved = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     # The special tokens of unigram tokenizers (T5) are pieces of the vocabulary like any others.
-    return _plain_ids(tokenizer, special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text))
+    forged = [
+        place
+        for place, (text, ids) in enumerate(zip(texts, encoded, strict=True))
+        if special.search(text) and reserved & set(ids)
+    ]
+    spaced = [special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", texts[i]) for i in forged]
+    for place, ids in zip(forged, _plain_ids(tokenizer, spaced), strict=True):
+        encoded[place] = ids
+    return encoded
 
 
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    return list(encoded["input_ids"])
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+    )
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def _one_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -5,11 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rso import prefix
-from rso.branch_attention import attention
+from rso.branch_attention import attention, dense
 from rso.prefix import Row
 
 ROWS = [
@@ -89,14 +88,13 @@ def test_token_logps_in_bfloat16_differ_by_its_rounding(tiny_llama_dir: str) -> 
             torch.testing.assert_close(token_logps, expected, rtol=0.02, atol=0.02)
 
 
-def test_flex_attention_sees_what_the_kernels_by_slices_see() -> None:
+def test_dense_attention_sees_what_the_kernels_by_slices_see() -> None:
     layout = prefix.collate(ROWS).layout
     query = torch.randn(1, 4, layout.num_tokens, 16)
     key, value = torch.randn(2, 1, 2, layout.num_tokens, 16)
     expected, _ = attention(torch.nn.Identity(), query, key, value, None, branches=layout)
-    mask = layout.block_mask_on("cpu")
-    found = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
-    torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
+    found = dense(query, key, value, layout, 16**-0.5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_dropout_is_refused() -> None:

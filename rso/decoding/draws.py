@@ -93,13 +93,17 @@ def token_logps(logits: Tensor, token_ids: Tensor) -> Tensor:
     return logits.gather(-1, token_ids).float() - total
 
 
-def check_finite(logits: Tensor, prompt_ids: Sequence[str]) -> None:
-    """Raise `UserError` if logits of a row hold NaN or +inf, naming the row's prompt."""
+def check_finite(logits: Tensor, prompts: Tensor, prompt_ids: Sequence[str]) -> None:
+    """Raise `UserError` if a row of logits holds NaN or +inf, with the id of its prompt.
+
+    `prompts` are int64 [row], places in `prompt_ids`.
+    """
     is_finite = logits.amax(-1).isfinite()
     if not bool(is_finite.all()):
-        broken = prompt_ids[int(is_finite.logical_not().nonzero()[0, 0])]
+        row = int(is_finite.logical_not().nonzero()[0, 0])
         raise UserError(
-            f"the model gave logits that are not finite for prompt {broken}; "
+            "the model gave logits that are not finite for prompt "
+            f"{prompt_ids[int(prompts[row])]}; "
             "check the model's weights, or decode with compute.dtype=float32."
         )
 

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from rso.decoding import Sampling, num_drawn
-from rso.decoding.shared_prompt import Run, Slots, across, runs
+from rso.decoding.shared_prompt import Columns, Slots, across
 
 ATTENTION = "rso_shared_encoder"
 """The name of `attention` in transformers' registry of attention functions."""
@@ -30,7 +30,7 @@ class Readers(NamedTuple):
     """The rows of a step by the prompt they read, and the columns of each prompt."""
 
     slots: Slots
-    runs: Sequence[Run]
+    columns: Columns
 
 
 def attention(
@@ -54,7 +54,7 @@ def attention(
             query, key, value, attn_mask=position_bias.to(query.dtype), scale=scaling
         )
     else:
-        seen, _ = across(query, key, value, readers.runs, readers.slots, scaling)
+        seen, _ = across(query, key, value, readers.columns, readers.slots, scaling)
     return seen.transpose(1, 2), None
 
 
@@ -110,7 +110,7 @@ class EncoderDecoderWave:
         mask = torch.arange(self._ids.shape[1], device=self._ids.device) < self._lengths[:, None]
         encoded = self._model.get_encoder()(input_ids=self._ids, attention_mask=mask)
         self._encoded = BaseModelOutput(last_hidden_state=encoded.last_hidden_state)
-        self._runs = runs(self._lengths, self._model.dtype)
+        self._columns = Columns(self._lengths, self._model.dtype)
         start = torch.full_like(self._lengths, self._model.config.decoder_start_token_id)
         logits = self._logits(start, torch.arange(len(start), device=start.device))
         self._cache.self_attention_cache.batch_repeat_interleave(self._num_samples)
@@ -133,7 +133,7 @@ class EncoderDecoderWave:
             encoder_outputs=self._encoded,
             past_key_values=self._cache,
             use_cache=True,
-            readers=Readers(Slots(prompt_of, len(self._lengths)), self._runs),
+            readers=Readers(Slots(prompt_of, len(self._lengths)), self._columns),
         )
         logits: Tensor = output.logits[:, -1]
         return logits

@@ -6,7 +6,7 @@ log-sum-exps. Samples are packed one a row in the rest of the model, so that a f
 nothing there.
 """
 
-from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from rso import flash_on_gpu
+from rso.flash_on_gpu import Spans
 
 ATTENTION = "rso_shared_prompt"
 """The name of `attention` in transformers' registry of attention functions."""
@@ -35,12 +38,7 @@ class Stored:
     def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return the buffers of a layer; `key` and `value` say head, size and type."""
         if layer not in self._of_layer:
-            keys, values = (
-                # zeros, as masked columns are read too and NaN times zero is NaN
-                new.new_zeros(self.num_rows, new.shape[1], self._num_columns, new.shape[3])
-                for new in (key, value)
-            )
-            self._of_layer[layer] = keys, values
+            self._of_layer[layer] = self._zeros(key), self._zeros(value)
         return self._of_layer[layer]
 
     def keep(self, rows: Tensor) -> None:
@@ -48,6 +46,14 @@ class Stored:
         self.num_rows = len(rows)
         for layer, (keys, values) in self._of_layer.items():
             self._of_layer[layer] = keys[rows], values[rows]
+
+    def _zeros(self, new: Tensor) -> Tensor:
+        # zeros, as masked columns are read too and NaN times zero is NaN
+        _, heads, _, size = new.shape
+        if new.device.type == "cpu":
+            return new.new_zeros(self.num_rows, heads, self._num_columns, size)
+        # token by token, as kernels on a GPU read sequences of several lengths
+        return new.new_zeros(self.num_rows, self._num_columns, heads, size).transpose(1, 2)
 
 
 class Prompts:
@@ -58,7 +64,7 @@ class Prompts:
     """
 
     def __init__(self, lengths: Tensor, dtype: torch.dtype) -> None:
-        self.lengths, self.runs = lengths, runs(lengths, dtype)
+        self.lengths, self.columns = lengths, Columns(lengths, dtype)
         self.stored = Stored(len(lengths), int(lengths.max()))
 
 
@@ -140,7 +146,9 @@ class Slots:
     def __init__(self, group_of: Tensor, num_groups: int) -> None:
         counts = torch.bincount(group_of, minlength=num_groups)
         self.num_groups, self.num_slots = num_groups, int(counts.max())
-        first_row = counts.cumsum(0) - counts
+        ends = counts.cumsum(0)
+        first_row = ends - counts
+        self.rows = Spans(torch.cat([first_row[:1], ends]).int(), self.num_slots)
         slot = torch.arange(len(group_of), device=group_of.device) - first_row[group_of]
         self._place = group_of * self.num_slots + slot
         self._is_full = len(group_of) == num_groups * self.num_slots
@@ -184,7 +192,7 @@ class Step:
         shared, shared_total = across(
             folded,
             *self._prompts.stored.layer(layer, key, value),
-            self._prompts.runs,
+            self._prompts.columns,
             self._slots,
             scale,
         )
@@ -236,22 +244,40 @@ class Run(NamedTuple):
     mask: Tensor | None
 
 
-def runs(lengths: Tensor, dtype: torch.dtype) -> list[Run]:
-    """Return the groups of `lengths` keys in runs of one length, which need no mask.
+class Columns:
+    """Which columns of padded keys are some group's: the first of `lengths`, int64 [group]."""
 
-    A mask costs a fifth of a decoding step on a CPU, so only many lengths are padded to one run.
-    """
-    sizes, counts = (
-        found.tolist() for found in torch.unique_consecutive(lengths, return_counts=True)
-    )
-    if len(sizes) > MOST_RUNS:
-        mask = padding_mask(lengths, dtype)
-        return [Run(slice(0, len(lengths)), slice(0, int(lengths.max())), mask)]
-    ends = list(accumulate(counts))
-    return [
-        Run(slice(end - count, end), slice(0, size), None)
-        for size, count, end in zip(sizes, counts, ends, strict=True)
-    ]
+    def __init__(self, lengths: Tensor, dtype: torch.dtype) -> None:
+        self._lengths, self._dtype = lengths, dtype
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The groups in runs of one length, which need no mask.
+
+        A mask costs a fifth of a decoding step on a CPU, so only many lengths are padded to one.
+        """
+        sizes, counts = (
+            found.tolist() for found in torch.unique_consecutive(self._lengths, return_counts=True)
+        )
+        if len(sizes) > MOST_RUNS:
+            mask = padding_mask(self._lengths, self._dtype)
+            return [Run(slice(0, len(self._lengths)), slice(0, max(sizes)), mask)]
+        ends = list(accumulate(counts))
+        return [
+            Run(slice(end - count, end), slice(0, size), None)
+            for size, count, end in zip(sizes, counts, ends, strict=True)
+        ]
+
+    @cached_property
+    def num_used(self) -> Tensor:
+        """`lengths` as kernels on a GPU take them."""
+        return self._lengths.int()
+
+    @cached_property
+    def padded(self) -> Spans:
+        """The keys of all groups with their padding, one group after another."""
+        width = int(self._lengths.max())
+        return Spans.of_sizes([width] * len(self._lengths), self._lengths.device)
 
 
 def padding_mask(lengths: Tensor, dtype: torch.dtype) -> Tensor:
@@ -261,12 +287,7 @@ def padding_mask(lengths: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def across(
-    folded: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    runs: Sequence[Run],
-    slots: Slots,
-    scale: float,
+    folded: Tensor, keys: Tensor, values: Tensor, columns: Columns, slots: Slots, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend from rows to the keys of their group: `with_total` of each row.
 
@@ -274,6 +295,18 @@ def across(
     of a group go over its keys together: keys are read once and never repeated in memory.
     """
     num_heads, num_queries, size = folded.shape[1:]
+    if flash_on_gpu.has_kernel(folded):
+        seen, total = flash_on_gpu.attend(
+            folded.flatten(1, 2),
+            keys.transpose(1, 2).flatten(0, 1),
+            values.transpose(1, 2).flatten(0, 1),
+            slots.rows,
+            columns.padded,
+            is_causal=False,
+            scale=scale,
+            num_used=columns.num_used,
+        )
+        return seen.view_as(folded), total.T.reshape(folded.shape[:-1])
     # [group, key head, slot x query, size]
     together = slots.spread(folded).transpose(1, 2).flatten(2, 3)
     parts = [
@@ -284,7 +317,7 @@ def across(
             run.mask,
             scale,
         )
-        for run in runs
+        for run in columns.runs
     ]
     seen, total = (torch.cat(found) for found in zip(*parts, strict=True))
     shape = (slots.num_groups, num_heads, slots.num_slots, num_queries)
@@ -304,6 +337,9 @@ def with_total(
             mask = mask.expand(*query.shape[:3], key.shape[2])
         seen, total = _flash(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
         return seen, total
+    if mask is None and flash_on_gpu.has_kernel(query):
+        found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
+        return found[0], found[1]
     scores = (query @ key.transpose(2, 3)).float() * scale
     if mask is not None:
         scores = scores + mask

@@ -38,7 +38,8 @@ from rso.decoding.encoder_decoder import EncoderDecoderWave
 from rso.decoding.side_by_side import Total, side_by_side
 from rso.out_of_memory import BatchSize
 
-ROWS_PER_WAVE = 256
+# On a CPU a larger wave gains nothing; on a GPU weights are read and kernels started once for all.
+ROWS_PER_WAVE, ROWS_PER_WAVE_ON_GPU = 256, 4096
 BYTES_PER_WAVE = 2 << 30
 
 Wave = CausalWave | EncoderDecoderWave
@@ -62,7 +63,7 @@ class TransformersDecoder:
         self._stop_ids = stop_token_ids(model.generation_config, tokenizer)
         self._lock = threading.Lock()
         self._rows_per_wave = BatchSize(
-            ROWS_PER_WAVE,
+            wave_limits(model.device)[0],
             "samples",
             what="decode",
             advice="lower decode.num_samples or max_new_tokens, or use a device with more memory",
@@ -138,9 +139,10 @@ def plan_waves(
 ) -> Iterator[list[int]]:
     """Yield the `chosen` indices into `requests` in waves of similar length.
 
-    A wave has at most `rows_per_wave` samples and `BYTES_PER_WAVE` of keys and values, and at
-    least one prompt.
+    A wave has at most `rows_per_wave` samples, `wave_limits` of keys and values, and at least one
+    prompt.
     """
+    _, most_bytes = wave_limits(model.device)
     by_length = sorted(chosen, key=lambda i: (len(requests[i].token_ids), i))
     wave: list[int] = []
     for index in by_length:
@@ -148,12 +150,24 @@ def plan_waves(
         length = len(requests[index].token_ids)
         num_elements = wave_class(model).num_elements(model.config, length, sampling)
         num_prompts = len(wave) + 1
-        is_too_large = num_prompts * num_elements * model.dtype.itemsize > BYTES_PER_WAVE
+        is_too_large = num_prompts * num_elements * model.dtype.itemsize > most_bytes
         if wave and (is_too_large or num_prompts * num_drawn(sampling) > rows_per_wave):
             yield wave
             wave = []
         wave.append(index)
     yield wave
+
+
+def wave_limits(device: torch.device) -> tuple[int, int]:
+    """Return the most samples of a wave, and the most bytes of their keys and values.
+
+    On a GPU a quarter of its memory, free or not: what is free would make waves, and so rounding,
+    depend on what else runs.
+    """
+    if device.type == "cpu":
+        return ROWS_PER_WAVE, BYTES_PER_WAVE
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return ROWS_PER_WAVE_ON_GPU, memory // 4
 
 
 class _Sample(NamedTuple):
@@ -173,6 +187,7 @@ def _decode_wave(
     device = model.device
     num_samples = num_drawn(sampling)
     num_rows = len(prompts) * num_samples
+    prompt_ids = [prompt.prompt_id for prompt in prompts]
     uniforms = _uniforms(prompts, sampling, seed, device)
     stops = torch.tensor(sorted(endings.token_ids), dtype=torch.int64, device=device)
     tokens = torch.zeros((num_rows, sampling.max_new_tokens), dtype=torch.int64, device=device)
@@ -186,7 +201,7 @@ def _decode_wave(
     for step in range(sampling.max_new_tokens):
         # the first tokens of all samples of a prompt come from one row of logits
         width = len(live) // len(logits)
-        draws.check_finite(logits, [prompts[i].prompt_id for i in live[::width] // num_samples])
+        draws.check_finite(logits, live[::width] // num_samples, prompt_ids)
         new = _choose(logits, sampling, uniforms, live, step, width)
         if sampling.logprobs:
             logps[live] += draws.token_logps(logits, new).flatten().double()

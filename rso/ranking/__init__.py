@@ -98,11 +98,18 @@ class RowRanker(ABC):
         """
         numbers: dict[str, dict[tuple[str, str], int]] = {}
         for item in items:
-            pairs = numbers.setdefault(item.prompt, {})
-            pairs.setdefault((item.a, item.b), len(pairs))
+            of_prompt = numbers.setdefault(item.prompt, {})
+            of_prompt.setdefault((item.a, item.b), len(of_prompt))
+        pairs = [pair for of_prompt in numbers.values() for pair in of_prompt]
+        sides = zip(
+            self._encoder.sides("A", [a for a, _ in pairs]),
+            self._encoder.sides("B", [b for _, b in pairs]),
+            strict=True,
+        )
+        branches = (a + b + self._encoder.suffix for a, b in sides)
         rows = [
-            Row(self._encoder.context(prompt).ids, [self._encoder.branch(*pair) for pair in pairs])
-            for prompt, pairs in numbers.items()
+            Row(self._encoder.context(prompt).ids, [next(branches) for _ in of_prompt])
+            for prompt, of_prompt in numbers.items()
         ]
         found = dict(zip(numbers, self._margins(list(numbers), rows, progress), strict=True))
         return np.array(
@@ -144,13 +151,19 @@ class RowRanker(ABC):
             NonFiniteLogit: a logit is NaN or infinite; the prompt is named.
             UserError: a comparison is longer than the model's context.
         """
-        rows, texts = [], []
-        for item in items:
-            distinct = {text: number for number, text in enumerate(dict.fromkeys(item.responses))}
-            prefix = self._encoder.context(item.prompt).ids + self._encoder.side("A", item.baseline)
-            suffix = self._encoder.suffix
-            rows.append(Row(prefix, [self._encoder.side("B", text) + suffix for text in distinct]))
-            texts.append(distinct)
+        texts = [
+            {text: number for number, text in enumerate(dict.fromkeys(item.responses))}
+            for item in items
+        ]
+        prefixes = self._encoder.sides("A", [item.baseline for item in items])
+        branches = iter(self._encoder.sides("B", [text for distinct in texts for text in distinct]))
+        rows = [
+            Row(
+                self._encoder.context(item.prompt).ids + prefix,
+                [next(branches) + self._encoder.suffix for _ in distinct],
+            )
+            for item, prefix, distinct in zip(items, prefixes, texts, strict=True)
+        ]
         margins = self._margins([item.prompt for item in items], rows, progress)
         return [
             -values[[distinct[text] for text in item.responses]]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rso import models
@@ -39,17 +40,21 @@ class TransformersRanker(RowRanker):
         parts = [
             (index, part) for index, row in enumerate(rows) for part in split_row(row, token_budget)
         ]
-        found: list[Float32] = [np.empty(0, np.float32)] * len(parts)
+        computed: list[tuple[list[int], list[int], Tensor]] = []
         for chosen in plan_batches([part.num_tokens for _, part in parts], token_budget):
             batch = collate([parts[number][1] for number in chosen], device=self._model.device)
             with torch.inference_mode():
-                logits = last_logits(self._model, batch, self._encoder.labels).cpu().numpy()
+                logits = last_logits(self._model, batch, self._encoder.labels)
             sizes = [len(spans) for spans in batch.layout.branches]
-            margins = np.split(logits[:, 0] - logits[:, 1], np.cumsum(sizes)[:-1])
-            for number, values in zip(chosen, margins, strict=True):
-                found[number] = values
+            # left on the GPU, which computes while the next batch is prepared
+            computed.append((chosen, sizes, logits[:, 0] - logits[:, 1]))
             if progress is not None:
                 progress.advance(batch.num_branches)
+        found: list[Float32] = [np.empty(0, np.float32)] * len(parts)
+        for chosen, sizes, margins in computed:
+            of_parts = np.split(margins.cpu().numpy(), np.cumsum(sizes)[:-1])
+            for number, values in zip(chosen, of_parts, strict=True):
+                found[number] = values
         pieces: list[list[Float32]] = [[np.empty(0, np.float32)] for _ in rows]
         for (index, _), values in zip(parts, found, strict=True):
             pieces[index].append(values)
