@@ -95,6 +95,9 @@ class Turns:
         seconds = time.perf_counter() - self._started
         cpu = time.process_time() - self._cpu
         answer = {**figures, "seconds": seconds, "cpu_seconds": cpu, "peak": peak}
+        if self._on_gpu:
+            # the other sides' turn, who share the card
+            torch.cuda.empty_cache()
         self._write(json.dumps(answer))
 
     def _write(self, line: str) -> None:

@@ -167,7 +167,7 @@ def work(arguments: argparse.Namespace) -> None:
     """Decode as one side, whenever a turn comes."""
     from rso.allocator import keep_freed_memory
 
-    keep_freed_memory()
+    keep_freed_memory(arguments.device)
     turns = Turns(on_gpu=arguments.device == "cuda")
     decode = PREPARE[arguments.worker](arguments)
     while turns.begin():

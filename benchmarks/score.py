@@ -112,7 +112,7 @@ def work(arguments: argparse.Namespace) -> None:
     """Score as one side, whenever a turn comes."""
     from rso.allocator import keep_freed_memory
 
-    keep_freed_memory()
+    keep_freed_memory(arguments.device)
     turns = Turns(on_gpu=arguments.device == "cuda")
     score = ours(arguments) if arguments.worker == "ours" else padded(arguments)
     items = candidates(arguments)

@@ -59,6 +59,7 @@ SHAPES = {
     "tldr-8": Shape(1, 256, 8, (24, 96), "first-round"),
     "tldr-2": Shape(4, 256, 2, (24, 96), "first-round"),
     "tldr-8-tournament": Shape(1, 256, 8, (24, 96), "tournament"),
+    "tldr-8-wide": Shape(16, 256, 8, (24, 96), "first-round"),
 }
 
 
@@ -80,12 +81,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES)[:3])
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps a side")
     parser.add_argument("--model", default=MODEL, help="causal model, the same for both")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--optimizer", default="adafactor", choices=("adafactor", "adamw"))
+    parser.add_argument("--token-budget", type=int, default=2048, help="of ours")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:3])
     parser.add_argument("--loss", default="sigmoid", choices=LOSSES, help="TRL's name of it")
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
@@ -107,8 +109,12 @@ def main() -> None:
 def run_shape(name: str, arguments: argparse.Namespace) -> dict[str, list[Figures]]:
     """Let the sides take turns; what each measured, step by step."""
     make_pairs(name, arguments)
-    given = ("directory", "steps", "device", "dtype", "optimizer", "loss")
-    options = [text for name in given for text in (f"--{name}", str(getattr(arguments, name)))]
+    given = ("directory", "steps", "device", "dtype", "optimizer", "loss", "token_budget")
+    options = [
+        text
+        for name in given
+        for text in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))
+    ]
     commands = {side: [__file__, "--worker", side, *options] for side in arguments.sides}
     return take_turns(commands, arguments.steps, what=name)
 
@@ -152,7 +158,7 @@ def work(arguments: argparse.Namespace) -> None:
     """Train as one side, one step whenever a line comes in."""
     from rso.allocator import keep_freed_memory
 
-    keep_freed_memory()
+    keep_freed_memory(arguments.device)
     turns = Turns(on_gpu=arguments.device == "cuda")
     plan = json.loads((arguments.directory / "pairs.json").read_text(encoding="utf-8"))
     pairs = [Pair(*pair) for pair in plan["pairs"]]
@@ -218,7 +224,7 @@ def train_ours(
     plan = [list(range(i, i + batch_size)) for i in range(0, len(pairs), batch_size)]
     trainer = PolicyTrainer(
         model,
-        Steps(plan, build, weigh=len, token_budget=settings.token_budget),
+        Steps(plan, build, weigh=len, token_budget=arguments.token_budget),
         settings=settings,
         compute=compute,
         tokenizer=tokenizer,

@@ -89,7 +89,7 @@ def main() -> int:
     }
     work = Work(job["stage"], job["fingerprint"], job["directory"], _refuse)
     context = Context(job["stage"], config.view(job["sections"]), inputs, work, config.beam)
-    keep_freed_memory()
+    keep_freed_memory(config.compute.device)
     rank = int(os.environ["RANK"])
     try:
         outcome = importlib.import_module(f"stages.{job['module']}").run(context)

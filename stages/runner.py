@@ -244,7 +244,7 @@ def _run(
         work,
         graph.config.beam,
     )
-    keep_freed_memory()
+    keep_freed_memory(graph.config.compute.device)
     started = time.monotonic()
     if stage.module in TRAINING and graph.config.compute.num_processes > 1:
         outcome = run_on_processes(stage, graph.config, inputs, work)
