@@ -32,6 +32,7 @@ PLUMBING = (
     "rso.errors",
     "rso.files",
     "rso.fingerprint",
+    "rso.gpus",
     "rso.lock",
     "rso.manifest",
     "rso.parquet",
