@@ -23,6 +23,7 @@ PACKAGES = ("schemas", "rso", "pipelines", "stages", "flows")
 # the module and all below it; "stages" stands for its `__init__` alone.
 PLUMBING = (
     "flows",
+    "pipelines.workers",
     "rso.allocator",
     "rso.artifact",
     "rso.cli",
