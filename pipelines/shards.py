@@ -16,9 +16,9 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.metrics import Metrics
-from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.utils.shared import Shared
 
+from pipelines.workers import Workers
 from rso.config import Beam
 from rso.errors import PromptError, UserError
 from rso.parquet import read_shard, write_shard
@@ -142,11 +142,14 @@ def map_shards(function: ShardFunction, plan: Plan, settings: Beam) -> Counters:
     Raises:
         UserError: as raised by the function for the first shard at fault.
     """
-    return run_and_sum(
-        lambda root: root | beam.Create(range(plan.num_shards)) | MapShards(function, plan),
-        plan,
-        settings,
-    )
+
+    def build(root: Any) -> Any:
+        # Workers share out beforehand what they are given: only what is left to do.
+        indices = range(plan.num_shards)
+        left = [index for index in indices if not os.path.exists(_counters_file(plan, index))]
+        return root | beam.Create(left) | MapShards(function, plan)
+
+    return run_and_sum(build, plan, settings)
 
 
 def run_and_sum(build: Callable[[Any], Any], plan: Plan, settings: Beam) -> Counters:
@@ -160,10 +163,12 @@ def run_and_sum(build: Callable[[Any], Any], plan: Plan, settings: Beam) -> Coun
         with contextlib.suppress(FileNotFoundError):
             os.remove(_failure_file(plan, index))
     if not all(os.path.exists(_counters_file(plan, index)) for index in indices):
-        options = PipelineOptions.from_dictionary(dict(settings.options))
+        workers = Workers(plan.label, settings.num_workers)
+        options = workers.options(settings.options)
         pipeline = beam.Pipeline(runner=settings.runner, options=options)
         build(pipeline)
-        pipeline.run().wait_until_finish()
+        with workers.watched():
+            pipeline.run().wait_until_finish()
         for mistake in _failures(plan):
             raise UserError(mistake)
     return sum_counters([_read_json(_counters_file(plan, index)) for index in indices])

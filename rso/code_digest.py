@@ -23,6 +23,7 @@ PACKAGES = ("schemas", "rso", "pipelines", "stages", "flows")
 # the module and all below it; "stages" stands for its `__init__` alone.
 PLUMBING = (
     "flows",
+    "pipelines.workers",
     "rso.allocator",
     "rso.artifact",
     "rso.cli",
@@ -32,6 +33,7 @@ PLUMBING = (
     "rso.errors",
     "rso.files",
     "rso.fingerprint",
+    "rso.gpus",
     "rso.lock",
     "rso.manifest",
     "rso.parquet",

@@ -523,9 +523,28 @@ class Beam(Section):
     """The Beam runner of the data-parallel stages."""
 
     runner: str = Field("FnApiRunner", description="FnApiRunner in memory, or any Beam runner.")
+    num_workers: Count = Field(
+        1,
+        description="Worker processes of FnApiRunner, one engine each; on a machine with GPUs, one "
+        "GPU each. 1 works in the stage's own process.",
+    )
     options: dict[str, str | int | float | bool] = Field(
         default_factory=dict, description="Pipeline options of the runner."
     )
+
+    @model_validator(mode="after")
+    def _worker_processes_are_counted_once(self) -> "Beam":
+        if self.num_workers > 1 and self.runner != "FnApiRunner":
+            raise ValueError(
+                f"num_workers is for FnApiRunner, and runner is {self.runner}; remove it, and say "
+                "in options what that runner calls it"
+            )
+        if self.options.get("direct_running_mode") == "multi_processing":
+            raise ValueError(
+                "options: direct_running_mode multi_processing is num_workers here; remove it and "
+                "direct_num_workers, and set num_workers"
+            )
+        return self
 
 
 class Config(Section):

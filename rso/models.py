@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rso.errors import UserError
+from rso.gpus import device_of_worker
 
 if TYPE_CHECKING:
     import torch
@@ -127,16 +128,18 @@ def load_model(
 ) -> "PreTrainedModel":
     """Return the language model at `location` in evaluation mode, dense, in `dtype` on `device`.
 
-    Device `auto` is cuda where there is one. With `quantise` linear layers are held in 4 bits
-    (NF4), for training adapters.
+    Device `auto` is cuda where there is one, of which each of several workers takes its own
+    (`rso.gpus`). With `quantise` linear layers are held in 4 bits (NF4), for training adapters.
 
     Raises:
-        UserError: no model is there, it is one that `load_config` refuses, or bitsandbytes is
-            missing.
+        UserError: no model is there, it is one that `load_config` refuses, bitsandbytes is
+            missing, or this worker has no GPU to itself.
     """
     import torch
     import transformers
 
+    if isinstance(device, str):
+        device = device_of_worker(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     directory, gguf = _split(location)

@@ -7,11 +7,13 @@ from types import TracebackType
 from typing import Any
 
 QUIET_SECONDS = 2.0
+# In the environment of a worker of a pipeline: its number.
+WORKER = "RSO_WORKER"
 
 
 def is_first_process() -> bool:
-    """Whether this process is alone, or the first of those that train together."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process is alone, or the first of those that work together."""
+    return os.environ.get("RANK", "0") == os.environ.get(WORKER, "0") == "0"
 
 
 class progress:
@@ -25,7 +27,7 @@ class progress:
         self.done = 0
         self._started = time.monotonic()
         self._bar: Any = None
-        # Of several processes of one training the first one shows what all of them do.
+        # Of several processes the first one shows what all of them do.
         self._is_seen = sys.stderr.isatty() and is_first_process()
 
     def advance(self, count: int = 1) -> None:

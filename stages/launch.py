@@ -16,10 +16,11 @@ from typing import Any
 from rso.allocator import keep_freed_memory
 from rso.config import Config, parse_config
 from rso.errors import UserError
+from rso.parent import die_with
 from rso.work import Work
 from stages import Stage
 from stages.context import Context, Input, Outcome
-from stages.process import USER_MISTAKE, die_with
+from stages.process import USER_MISTAKE
 
 TRAINING = frozenset(("train_sft", "train_ranker", "train_policy"))
 _JOB, _OUTCOME, _FAILURE = "job.json", "outcome.json", "failure-{rank}.txt"

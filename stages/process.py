@@ -1,7 +1,6 @@
 """A stage as a process of its own that dies with whoever started it."""
 
 import contextlib
-import ctypes
 import os
 import secrets
 import signal
@@ -9,7 +8,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-PR_SET_PDEATHSIG = 1
+from rso.parent import die_with
+
 # Exit codes of a stage: ours and the user's.
 DEFECT, USER_MISTAKE = 1, 2
 # Environment variable by which the guard knows what belongs to a run.
@@ -57,20 +57,7 @@ def guard_this_run() -> None:
 
 
 def die_with_parent() -> None:
-    """Make the kernel kill this process when its parent dies, however it dies (Linux).
-
-    A SIGKILLed parent runs no handlers, so the request is made to the kernel. The thread that
-    started this process must live as long as the parent; a parent gone already ends us at once.
-    """
+    """End with the process that started this stage by `run_stage_process`, if one did."""
     parent = os.environ.get("RSO_PARENT")
     if parent is not None:
         die_with(int(parent))
-
-
-def die_with(parent: int) -> None:
-    """As `die_with_parent`, for the parent with this process id."""
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pyarrow as pa
 import pytest
 import system
@@ -24,6 +25,13 @@ from schemas import SCHEMAS, sort_keys
 
 ONE = Beam()
 THREADS = Beam(options={"direct_num_workers": 3, "direct_running_mode": "multi_threading"})
+PROCESSES = Beam(num_workers=2)
+
+
+@pytest.fixture(autouse=True)
+def python_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes find the functions of these tests."""
+    monkeypatch.setenv("PYTHONPATH", f"{processes.ROOT}:{processes.ROOT}/tests")
 
 
 def read_all(directory: str | Path, name: str) -> list[dict[str, Any]]:
@@ -44,7 +52,9 @@ def reshard(rows: list[dict[str, Any]], directory: Path, name: str, total: int) 
 
 
 # Of forty shards some are empty.
-@pytest.mark.parametrize(("total", "beam"), [(1, ONE), (5, ONE), (5, THREADS), (40, ONE)])
+@pytest.mark.parametrize(
+    ("total", "beam"), [(1, ONE), (5, ONE), (5, THREADS), (5, PROCESSES), (40, ONE)]
+)
 def test_reject_pipeline_however_sharded_equals_the_pure_function(
     finished: system.Run, tmp_path: Path, total: int, beam: Beam
 ) -> None:
@@ -175,7 +185,8 @@ def prepared(config: Config, folder: Path, prompts_per_shard: int, beam: Beam) -
 
 
 @pytest.mark.parametrize(
-    ("prompts_per_shard", "beam"), [(1000, ONE), (24, ONE), (7, ONE), (7, THREADS)]
+    ("prompts_per_shard", "beam"),
+    [(1000, ONE), (24, ONE), (7, ONE), (7, THREADS), (7, PROCESSES)],
 )
 def test_prepare_pipeline_however_sharded_equals_the_pure_function(
     tiny_run: system.Run, tmp_path: Path, prompts_per_shard: int, beam: Beam
@@ -262,7 +273,7 @@ def test_map_shards_loads_the_engine_once_and_sums_in_the_order_of_the_shards(
     assert counters == {"shards": 6, "sum": total, "max_index": 5}
 
 
-@pytest.mark.parametrize("beam", [ONE, THREADS])
+@pytest.mark.parametrize("beam", [ONE, THREADS, PROCESSES])
 def test_map_shards_gives_the_same_sums_and_bytes_however_bundled(
     plan: Plan, tmp_path: Path, beam: Beam
 ) -> None:
@@ -290,7 +301,7 @@ def test_map_shards_with_every_shard_finished_loads_nothing(plan: Plan, tmp_path
     assert lines(tmp_path / "again") == []
 
 
-@pytest.mark.parametrize("beam", [ONE, THREADS])
+@pytest.mark.parametrize("beam", [ONE, THREADS, PROCESSES])
 def test_map_shards_users_mistake_comes_out_as_itself(
     plan: Plan, tmp_path: Path, beam: Beam, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -29,6 +29,7 @@ from rso.decoding import (
     stop_token_ids,
 )
 from rso.errors import UserError
+from rso.gpus import claim_gpu
 
 ENVIRONMENT = {
     # the engine core in this process: a child would outlive a killed stage, and would not share
@@ -163,6 +164,9 @@ def start(directory: str, dtype: str, **options: Any) -> Any:
             f"architecture {config.model_type!r}. Use the transformers engine (engine: "
             "transformers)."
         )
+    # The build for CPUs takes no GPU; asked before vLLM is imported, which looks for GPUs.
+    gpu = claim_gpu() if torch.version.cuda else None
+    model = directory if gpu is None else f"{directory} on GPU {gpu}"
     set_environment()
     if os.path.isdir(directory):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -183,8 +187,8 @@ def start(directory: str, dtype: str, **options: Any) -> Any:
         )
     except Exception as error:
         raise UserError(
-            f"the vllm engine cannot start with {directory}: {type(error).__name__}: {error}. "
-            "Use the transformers engine (engine: transformers), which needs nothing."
+            f"the vllm engine cannot start with {model}: {type(error).__name__}: {error}. Use "
+            "the transformers engine (engine: transformers), which needs nothing."
         ) from error
     finally:
         # vLLM's CPU worker replaces it by a function that does nothing

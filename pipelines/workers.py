@@ -1,0 +1,155 @@
+"""The worker processes of a Beam pipeline on this machine, which end with the run and it with them.
+
+Beam's own (`direct_running_mode: multi_processing`) are started by a shell that may stay between
+the run and the worker, and a pipeline waits for ever for the answers of a worker that died.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import grpc
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
+from apache_beam.portability import python_urns
+from apache_beam.portability.api import beam_fn_api_pb2, endpoints_pb2
+from apache_beam.runners.portability.fn_api_runner.worker_handlers import (
+    GrpcWorkerHandler,
+    WorkerHandler,
+)
+from google.protobuf import text_format
+
+from rso.errors import UserError
+
+_SECONDS_BETWEEN_ANSWERS = 0.1
+# Logs with a stack trace what comes out as an exception all the same.
+_DATA_PLANE = "apache_beam.runners.worker.data_plane"
+
+
+class Workers:
+    """The worker processes of one run of a pipeline; with a count of 1 there are none."""
+
+    def __init__(self, label: str, count: int) -> None:
+        self._label, self._count = label, count
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._lock = threading.Lock()
+        self._death: str | None = None
+
+    def options(self, given: Mapping[str, Any]) -> PipelineOptions:
+        """Return the pipeline options that make FnApiRunner use these workers."""
+        options = PipelineOptions.from_dictionary(dict(given))
+        if self._count > 1:
+            direct = options.view_as(DirectOptions)
+            direct.direct_running_mode = "multi_processing"
+            direct.direct_num_workers = self._count
+            # In place of Beam's own class for worker processes.
+            WorkerHandler.register_environment(python_urns.SUBPROCESS_SDK, bytes)(
+                partial(_Worker, self)
+            )
+        return options
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Raise `UserError` for a pipeline that failed because a worker died, and only that."""
+        hook, data_plane = threading.excepthook, logging.getLogger(_DATA_PLANE)
+        threading.excepthook = partial(_pass_by_lost_connections, hook)
+        data_plane.disabled = self._count > 1
+        try:
+            yield
+        except Exception as error:
+            if self._death is not None:
+                raise UserError(self._death) from error
+            raise
+        finally:
+            threading.excepthook, data_plane.disabled = hook, False
+
+    def start(self, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+        """Start one more worker; it dies with the calling thread."""
+        number = str(len(self._processes))
+        command = [sys.executable, "-m", "pipelines.worker"]
+        command += [number, str(self._count), str(os.getpid())]
+        process = subprocess.Popen(command, env={**os.environ, **environment})
+        self._processes.append(process)
+        return process
+
+    def end(self, dead: "subprocess.Popen[bytes]") -> str:
+        """Note that a worker ended by itself, kill the others, and return why the run ends."""
+        with self._lock:
+            if self._death is None:
+                self._death = (
+                    f"{self._label}: a worker process ({dead.pid}, of {self._count}) "
+                    f"{_ended(dead.returncode)}; finished shards are kept: run again, with a "
+                    "smaller beam.num_workers if memory was short."
+                )
+                for process in self._processes:
+                    process.kill()
+            return self._death
+
+
+def _ended(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL), as the kernel does where memory runs out"
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}, and its output says why"
+
+
+def _pass_by_lost_connections(hook: Any, what: threading.ExceptHookArgs) -> None:
+    # Threads of Beam that listen to a worker end so when it dies.
+    if not issubclass(what.exc_type, grpc.RpcError):
+        hook(what)
+
+
+class _Worker(GrpcWorkerHandler):
+    """Beam's side of a worker process, which gives Beam an error for all that a dead one owes."""
+
+    def __init__(
+        self, workers: Workers, command: bytes, state: Any, provision_info: Any, server: Any
+    ) -> None:
+        super().__init__(state, provision_info, server)
+        self._workers = workers
+        self._is_closing = threading.Event()
+
+    def start_worker(self) -> None:
+        control = endpoints_pb2.ApiServiceDescriptor(url=self.control_address)
+        self._process = self._workers.start(
+            {
+                "CONTROL_API_SERVICE_DESCRIPTOR": text_format.MessageToString(control),
+                "WORKER_ID": self.worker_id,
+            }
+        )
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+
+    def close(self) -> None:
+        self._is_interrupted = bool(self.control_conn._futures_by_id)
+        self._is_closing.set()
+        if self._is_interrupted:
+            # Beam would wait until the shards in work are done.
+            self._process.kill()
+        self.control_conn.close()
+        with suppress(grpc.RpcError):
+            # What became of the connection to a dead worker, if it is one.
+            self.data_conn.close()
+        self.stop_worker()
+
+    def stop_worker(self) -> None:
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        code = self._process.wait()
+        if self._is_closing.is_set() and (code == 0 or self._is_interrupted):
+            return
+        death = self._workers.end(self._process)
+        owed = self.control_conn._futures_by_id
+        # More than once, as Beam may go on asking.
+        while not self._is_closing.wait(_SECONDS_BETWEEN_ANSWERS):
+            while owed:
+                name, future = owed.popitem()
+                future.set(beam_fn_api_pb2.InstructionResponse(instruction_id=name, error=death))
