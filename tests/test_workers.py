@@ -184,6 +184,7 @@ def test_claim_after_cuda_is_initialised_is_refused(monkeypatch: pytest.MonkeyPa
         gpus.claim_gpu()
 
 
+@pytest.mark.slow
 def test_worker_whose_gpu_does_not_work_names_it(tiny_llama_dir: str, tmp_path: Path) -> None:
     load = (
         "from rso.models import load_model\n"
@@ -231,6 +232,7 @@ class Die:
 
 
 # Beam waits for its workers one after another: one that died must not wait for the one before it.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "how", "said"),
     [(0, "kill", r"was killed \(SIGKILL\)"), (1, "exit", "ended with exit code 3")],
@@ -264,6 +266,7 @@ def test_worker_that_cannot_start_ends_the_run_with_a_sentence(
 TWO = "beam.num_workers=2"
 
 
+@pytest.mark.slow
 def test_stages_with_two_workers_write_the_same_bytes_and_counters(
     finished: system.Run, tmp_path: Path
 ) -> None:
@@ -287,6 +290,7 @@ def files(artifact: Artifact) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["stage", "worker", "interrupted stage"])
 @pytest.mark.timeout(120)
 def test_stage_and_workers_end_together(finished: system.Run, tmp_path: Path, victim: str) -> None:
