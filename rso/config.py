@@ -556,8 +556,8 @@ class Config(Section):
     seed: int = Field(0, ge=0, description="Seed of every keyed generator.")
     model: str = Field(
         json_schema_extra=RUNTIME,
-        description="Base model: a path, org/name@revision, or package:module/file.gguf. "
-        "Its content, not its name, is part of the identity.",
+        description="Base model: a path (of LoRA adapters too), org/name@revision, or "
+        "package:module/file.gguf. Its content, not its name, is part of the identity.",
     )
     compute: Compute = Field(default_factory=Compute, description="Models in memory.")
     templates: Templates = Field(default_factory=Templates, description="Texts.")

@@ -1,7 +1,8 @@
 """Model sources to models in memory, and back to directories that any loader opens.
 
 A source is `package:module/file.gguf`, a local path (a Hugging Face directory or a `.gguf` file),
-or a hub id `org/name@revision`. Its identity is its content, a SHA-256 or a hub commit, and never a
+or a hub id `org/name@revision`. A directory may be one of PEFT adapters, which name their base: the
+two are one model. Its identity is its content, a SHA-256 or a hub commit, and never a
 path. Importing this module, `resolve` and `model_digest` load no torch: planning stays fast.
 """
 
@@ -9,6 +10,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import struct
 import sys
@@ -19,18 +21,31 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rso.errors import UserError
+from rso import adapters
+from rso.errors import UserError, first_sentence
 from rso.gpus import device_of_worker
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 # What a loader reads; optimiser states, logs and read-me files are not the model.
 MODEL_SUFFIXES = (".json", ".safetensors", ".gguf", ".model", ".txt", ".jinja", ".bin")
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 # Written by loaders and trainers; they say nothing about what the model computes.
-VOLATILE_KEYS = ("transformers_version", "_name_or_path", "name_or_path", "tokenizer_file")
+VOLATILE_KEYS = (
+    "transformers_version",
+    "_name_or_path",
+    "name_or_path",
+    "tokenizer_file",
+    "base_model_name_or_path",
+    "peft_version",
+)
 # Those whose positions and projection `rso.encoder_decoder` and `rso.prefix` follow.
 ENCODER_DECODER_TYPES = ("mt5", "t5")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
@@ -50,7 +65,8 @@ class ModelSource:
 class ResolvedModel:
     """A model on this machine: what it is (`identity`) and where (`location`, never identity).
 
-    `location` is a directory in Hugging Face format or a `.gguf` file.
+    `location` is a directory in Hugging Face format or a `.gguf` file. The identity of adapters has
+    that of their base in it.
     """
 
     identity: dict[str, str]
@@ -84,18 +100,33 @@ def resolve(source: str | ModelSource) -> ResolvedModel:
     Raises:
         UserError: the package, file, directory or hub model is missing.
     """
-    parsed = parse_source(source) if isinstance(source, str) else source
+    location, parsed = _locate(source)
     if parsed.kind == "hub":
-        return _resolve_hub(parsed)
-    path = _package_file(parsed) if parsed.kind == "package" else Path(parsed.name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return ResolvedModel({"sha256": _file_digest(path)}, str(path))
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"model {parsed.name}: expected a directory with config.json or a .gguf file, found "
-            f"{_what_is_at(path)}; give the directory that save_pretrained wrote."
-        )
-    return ResolvedModel({"sha256": _directory_digest(path)}, str(path))
+        # The hub cache names a snapshot's directory by its commit.
+        identity = {"commit": location.name}
+    elif location.is_file():
+        identity = {"sha256": _file_digest(location)}
+    else:
+        identity = {"sha256": _directory_digest(location)}
+    if base_of(location) is not None:
+        of_base = resolve(adapters.base_source(location)).identity
+        identity |= {f"base_{key}": value for key, value in of_base.items()}
+    return ResolvedModel(identity, str(location))
+
+
+def base_of(location: str | Path) -> str | None:
+    """Return where the base of a directory of adapters is, None for a whole model.
+
+    Raises:
+        UserError: the directory or its base is not as it should be.
+    """
+    if not adapters.is_adapter(location):
+        return None
+    source = adapters.base_source(location)
+    try:
+        return os.path.abspath(_locate(source)[0])
+    except UserError as error:
+        raise UserError(f"model {location}: the base that it names is missing: {error}") from error
 
 
 def load_config(location: str | Path) -> "PreTrainedConfig":
@@ -106,6 +137,9 @@ def load_config(location: str | Path) -> "PreTrainedConfig":
     """
     from transformers import AutoConfig
 
+    base = base_of(location)
+    if base is not None:
+        return load_config(base)
     directory, gguf = _split(location)
     if gguf is None and not (directory / "config.json").is_file():
         raise UserError(
@@ -129,11 +163,13 @@ def load_model(
     """Return the language model at `location` in evaluation mode, dense, in `dtype` on `device`.
 
     Device `auto` is cuda where there is one, of which each of several workers takes its own
-    (`rso.gpus`). With `quantise` linear layers are held in 4 bits (NF4), for training adapters.
+    (`rso.gpus`). Adapters are merged into their base, in float32. With `quantise` linear layers are
+    held in 4 bits (NF4), for training adapters.
 
     Raises:
         UserError: no model is there, it is one that `load_config` refuses, bitsandbytes is
-            missing, or this worker has no GPU to itself.
+            missing, adapters do not fit their base or were to be quantised, or this worker has no
+            GPU to itself.
     """
     import torch
     import transformers
@@ -142,6 +178,18 @@ def load_model(
         device = device_of_worker(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = base_of(location)
+    if base is not None:
+        if quantise:
+            raise UserError(
+                f"model {location}: lora.quantise is for whole models, and these are adapters; "
+                "set it to none, or write the merged model with train_sft.skip and start from that."
+            )
+        target = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        # On the CPU, since a GPU with room for the model may have none for it in float32.
+        whole: Any = load_model(base, dtype=torch.float32, attention=attention)
+        merged: PreTrainedModel = adapters.merged(whole, location, target).to(device).eval()
+        return merged
     directory, gguf = _split(location)
     config = load_config(location)
     options: dict[str, Any] = {"config": config}
@@ -161,10 +209,17 @@ def load_model(
         else transformers.AutoModelForCausalLM
     )
     # Typed loosely: transformers wraps `to` and `eval` in ways that type checkers misread.
-    with _quiet():
-        model: Any = auto.from_pretrained(
-            directory, dtype=dtype, attn_implementation=attention, **options
-        )
+    try:
+        with _quiet():
+            model: Any = auto.from_pretrained(
+                directory, dtype=dtype, attn_implementation=attention, **options
+            )
+    except ValueError as error:
+        # no language model, or one whose attention is its own
+        raise UserError(
+            f"model {location}: {first_sentence(str(error))}; choose a plain language model, such "
+            "as a Llama or a Qwen."
+        ) from error
     if not quantise:
         _clear_quantisation(model)
     loaded: PreTrainedModel = model.to(device).eval()
@@ -174,16 +229,23 @@ def load_model(
 def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerBase":
     """Return the tokenizer at `location`; without a pad token, end-of-sequence pads.
 
+    That of adapters is their base's unless they have their own.
+
     Raises:
         UserError: there is no tokenizer, or it has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
     directory, gguf = _split(location)
-    if gguf is None and not any((directory / name).is_file() for name in VOCABULARY_FILES):
+    has_vocabulary = any((directory / name).is_file() for name in VOCABULARY_FILES)
+    base = None if has_vocabulary else base_of(location)
+    if base is not None:
+        return load_tokenizer(base)
+    if gguf is None and not has_vocabulary:
+        advice = "save the tokenizer beside the weights" if directory.exists() else "check the path"
         raise UserError(
             f"model {location}: no tokenizer, expected one of {', '.join(VOCABULARY_FILES)} and "
-            f"found {_what_is_at(directory)}; save the tokenizer beside the weights."
+            f"found {_what_is_at(directory)}; {advice}."
         )
     with _quiet():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -197,6 +259,21 @@ def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerBase":
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_generation_config(location: str | Path) -> "GenerationConfig":
+    """Return the generation config at `location`, or what the model's config implies."""
+    from transformers import GenerationConfig
+
+    base = base_of(location)
+    if base is not None:
+        return load_generation_config(base)
+    make: Any = GenerationConfig
+    try:
+        found: GenerationConfig = make.from_pretrained(location)
+    except OSError:
+        found = make.from_model_config(load_config(location))
+    return found
 
 
 def stop_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -264,7 +341,8 @@ def save_model(
 def model_digest(directory: str | Path) -> str:
     """Return the SHA-256 of what is in a model directory: tensors by name, configs, tokenizer.
 
-    File layout (shards, key order, JSON spacing) and library versions do not count.
+    That of adapters has the digest of their base in it. File layout (shards, key order, JSON
+    spacing) and library versions do not count.
 
     Raises:
         UserError: the directory holds no safetensors.
@@ -288,6 +366,9 @@ def model_digest(directory: str | Path) -> str:
             digest.update(_canonical([path.name, _stable(json.loads(path.read_bytes()))]))
         elif path.suffix in (".jinja", ".model", ".txt"):
             digest.update(_canonical([path.name, _file_digest(path)]))
+    base = base_of(directory)
+    if base is not None:
+        digest.update(_canonical(["base", model_digest(base)]))
     return digest.hexdigest()
 
 
@@ -314,6 +395,25 @@ def _split(location: str | Path) -> tuple[Path, str | None]:
     return (path.parent, path.name) if path.suffix == ".gguf" else (path, None)
 
 
+def _locate(source: str | ModelSource) -> tuple[Path, ModelSource]:
+    """Return the directory or .gguf file of a source on this machine, and the source taken apart.
+
+    Nothing is read, so that a base is found without its gigabytes being hashed.
+    """
+    parsed = parse_source(source) if isinstance(source, str) else source
+    if parsed.kind == "hub":
+        return _hub_snapshot(parsed), parsed
+    path = _package_file(parsed) if parsed.kind == "package" else Path(parsed.name).expanduser()
+    is_model = (path / "config.json").is_file() or adapters.is_adapter(path)
+    if not is_model and not (path.is_file() and path.suffix == ".gguf"):
+        raise UserError(
+            f"model {parsed.name}: expected a directory with config.json or {adapters.CONFIG}, or "
+            f"a .gguf file, found {_what_is_at(path)}; give the directory that save_pretrained "
+            "wrote."
+        )
+    return path, parsed
+
+
 def _package_file(source: ModelSource) -> Path:
     spec = importlib.util.find_spec(source.name)
     if spec is None or not spec.submodule_search_locations:
@@ -330,20 +430,20 @@ def _package_file(source: ModelSource) -> Path:
     return directory / source.file
 
 
-def _resolve_hub(source: ModelSource) -> ResolvedModel:
+def _hub_snapshot(source: ModelSource) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [f"*{suffix}" for suffix in MODEL_SUFFIXES if suffix not in (".bin", ".gguf")]
     try:
-        location = snapshot_download(source.name, revision=source.revision, allow_patterns=patterns)
+        return Path(
+            snapshot_download(source.name, revision=source.revision, allow_patterns=patterns)
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             f"model {source.name}: neither a local path nor available from the hub at revision "
             f"{source.revision or 'main'} ({type(error).__name__}); check the name and "
             "the network, or give a local directory."
         ) from error
-    # The hub cache names a snapshot's directory by its commit.
-    return ResolvedModel({"commit": Path(location).name}, location)
 
 
 def _nf4(dtype: "torch.dtype | str") -> Any:
@@ -441,9 +541,14 @@ def _directory_digest(directory: Path) -> str:
     files = sorted(
         path for path in directory.iterdir() if path.is_file() and path.suffix in MODEL_SUFFIXES
     )
-    return hashlib.sha256(
-        _canonical([[path.name, _file_digest(path)] for path in files])
-    ).hexdigest()
+    entries = [
+        # It says where the base is, which is no part of what it is.
+        [path.name, _stable(json.loads(path.read_bytes()))]
+        if path.name == adapters.CONFIG
+        else [path.name, _file_digest(path)]
+        for path in files
+    ]
+    return hashlib.sha256(_canonical(entries)).hexdigest()
 
 
 def _what_is_at(path: Path) -> str:

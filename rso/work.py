@@ -176,7 +176,8 @@ def directory_digest(directory: str, output: str) -> str:
     if output in SCHEMAS:
         return read_dataset(directory, output)[0]
     names = os.listdir(directory)
-    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+    is_model = "config.json" in names or "adapter_config.json" in names
+    if is_model and any(name.endswith(".safetensors") for name in names):
         from rso.models import model_digest
 
         return model_digest(directory)

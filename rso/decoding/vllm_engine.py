@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from rso import seeds
+from rso import adapters, models, seeds
 from rso.decoding import (
     Decoded,
     Endings,
@@ -28,7 +28,7 @@ from rso.decoding import (
     require_room,
     stop_token_ids,
 )
-from rso.errors import UserError
+from rso.errors import UserError, first_sentence
 from rso.gpus import claim_gpu
 
 ENVIRONMENT = {
@@ -65,10 +65,10 @@ class VllmDecoder:
     def __init__(
         self, directory: str, *, dtype: str = "bfloat16", max_model_len: int | None = None
     ) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        self._stop_ids = stop_token_ids(generation_config_of(directory), self._tokenizer)
+        self._tokenizer = models.load_tokenizer(directory)
+        self._stop_ids = stop_token_ids(models.load_generation_config(directory), self._tokenizer)
         self._lock = threading.Lock()
-        self._llm = start(directory, dtype, max_model_len=max_model_len)
+        self._llm, self._adapter = start(directory, dtype, max_model_len=max_model_len)
 
     @property
     def context_length(self) -> int:
@@ -96,7 +96,7 @@ class VllmDecoder:
             self._llm.reset_prefix_cache()
             torch.manual_seed(seeds.key("decode", seed, *(r.prompt_id for r in requests)))
             prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
-            self._llm.enqueue(prompts, parameters, use_tqdm=False)
+            self._llm.enqueue(prompts, parameters, self._adapter, use_tqdm=False)
             while self._llm.llm_engine.has_unfinished_requests():
                 for output in self._llm.llm_engine.step():
                     if output.finished:
@@ -151,32 +151,47 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def start(directory: str, dtype: str, **options: Any) -> Any:
-    """Return vLLM's engine with a model directory; what the user has set in the environment stays.
+def start(
+    directory: str, dtype: str, *, setting: str = "engine", **options: Any
+) -> tuple[Any, Any]:
+    """Return vLLM's engine with a model directory, and what its requests name as their adapter.
+
+    Adapters are not merged: the engine holds their base, and computes their part beside it. What
+    the user has set in the environment stays. `setting` is where the engine is chosen.
 
     Raises:
         UserError: vLLM cannot start with the model; the cause, and the engine to use instead.
     """
-    config = AutoConfig.from_pretrained(directory)
+    config = models.load_config(directory)
     if config.is_encoder_decoder:
         raise UserError(
             f"the vllm engine takes decoder-only models, and {directory} is of the encoder-decoder "
-            f"architecture {config.model_type!r}. Use the transformers engine (engine: "
+            f"architecture {config.model_type!r}. Use the transformers engine ({setting}: "
             "transformers)."
         )
     # The build for CPUs takes no GPU; asked before vLLM is imported, which looks for GPUs.
     gpu = claim_gpu() if torch.version.cuda else None
     model = directory if gpu is None else f"{directory} on GPU {gpu}"
+    base = models.base_of(directory)
+    if base is not None:
+        adapters.check_fit(directory, config)
+        options |= {
+            "enable_lora": True,
+            "max_lora_rank": adapters.max_rank(directory),
+            # theirs or the base's
+            "tokenizer": models.load_tokenizer(directory).name_or_path,
+        }
     set_environment()
     if os.path.isdir(directory):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     set_num_threads = torch.set_num_threads
     try:
         from vllm import LLM
+        from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
 
-        return LLM(
-            model=directory,
+        llm = LLM(
+            model=base or directory,
             dtype=dtype,
             enable_prefix_caching=True,
             # stop tokens are given, defaults are not taken from files
@@ -185,14 +200,42 @@ def start(directory: str, dtype: str, **options: Any) -> Any:
             **(CPU_OPTIONS if current_platform.is_cpu() else GPU_OPTIONS),
             **options,
         )
+        if base is None:
+            return llm, None
+        adapter = LoRARequest("adapter", 1, directory)
+        # now, since at the first request what is wrong with them would stop a shard
+        llm.llm_engine.add_lora(adapter)
+        return llm, adapter
     except Exception as error:
         raise UserError(
-            f"the vllm engine cannot start with {model}: {type(error).__name__}: {error}. Use "
-            "the transformers engine (engine: transformers), which needs nothing."
+            f"the vllm engine cannot start with {model}: {_cause(error)}. "
+            f"{_instead(config, setting)}."
         ) from error
     finally:
         # vLLM's CPU worker replaces it by a function that does nothing
         torch.set_num_threads = set_num_threads
+
+
+def _cause(error: Exception) -> str:
+    """Return what vLLM says in its first sentence.
+
+    The others are advice about options that are not the user's, or name every architecture it has.
+    """
+    found = getattr(error, "errors", None)
+    text = found()[0]["msg"] if callable(found) else str(error)
+    return f"{type(error).__name__}: {first_sentence(text.removeprefix('Value error, '))}"
+
+
+def _instead(config: PreTrainedConfig, setting: str) -> str:
+    """Return what to do where vLLM does not start.
+
+    It computes what transformers can compute by other attentions than a model's own, and so does
+    the transformers engine: an architecture that is too strange for one may be so for both.
+    """
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model is None or not model._can_set_attn_implementation():
+        return "The transformers engine does not compute this architecture either: choose another"
+    return f"Use the transformers engine ({setting}: transformers)"
 
 
 def stop(llm: Any) -> None:
@@ -202,11 +245,3 @@ def stop(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
     gc.collect()
-
-
-def generation_config_of(directory: str) -> GenerationConfig:
-    """The model's own, or the one that its config implies, as transformers does."""
-    try:
-        return GenerationConfig.from_pretrained(directory)
-    except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(directory))

@@ -20,7 +20,12 @@ class VllmRanker(RowRanker):
     """A `Ranker` over `vllm.LLM`; raises `UserError` if vLLM cannot start with the model."""
 
     def __init__(self, directory: str, encoder: RankerEncoder, *, dtype: str) -> None:
-        self._llm = vllm_engine.start(directory, dtype, hf_overrides={"head_dtype": "float32"})
+        self._llm, self._adapter = vllm_engine.start(
+            directory,
+            dtype,
+            setting="compute.ranker_engine",
+            hf_overrides={"head_dtype": "float32"},
+        )
         # one token is drawn, which takes a place too
         super().__init__(encoder, self._llm.llm_engine.model_config.max_model_len - 1)
         self._lock = threading.Lock()
@@ -40,7 +45,11 @@ class VllmRanker(RowRanker):
             {"prompt_token_ids": row.prefix + branch} for row in rows for branch in row.branches
         ]
         with self._lock:
-            outputs = self._llm.generate(prompts, parameters, use_tqdm=False) if prompts else []
+            outputs = (
+                self._llm.generate(prompts, parameters, lora_request=self._adapter, use_tqdm=False)
+                if prompts
+                else []
+            )
         if progress is not None:
             progress.advance(len(prompts))
         # log-probs differ by what logits differ by: they share the normaliser
