@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rso import seeds
 from rso.config import identity
 from rso.decoding import Decoded, Decoder, Request, Sampling, Servers, load_decoder, resolve_engine
+from rso.decoding.endpoint import API_KEY
 from rso.decoding.journal import Journal
-from rso.decoding.server_engine import API_KEY, serve_command
+from rso.decoding.server_engine import serve_command
 from rso.errors import UserError
 from rso.models import model_digest
 
@@ -36,8 +37,8 @@ SAMPLING = Sampling(1.0, 0, 1.0, max_new_tokens=4, num_samples=2, logprobs=True)
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rso.decoding.server_engine.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("rso.decoding.server_engine.LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr("rso.decoding.endpoint.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("rso.decoding.endpoint.LONGEST_PAUSE", 0.1)
 
 
 def load(model: str, *urls: str, **settings: Any) -> Decoder:

@@ -17,19 +17,12 @@ does not use offset`). `--no-enable-chunked-prefill` splits none, and `serve_com
 import asyncio
 import contextlib
 import importlib.metadata
-import json
 import logging
 import math
 import os
-import random
 import re
 import shlex
-import socket
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
 
 import httpx2
@@ -46,6 +39,7 @@ from rso.decoding import (
     require_room,
     stop_token_ids,
 )
+from rso.decoding.endpoint import Endpoint, Unavailable, connect, send, short
 from rso.decoding.journal import Journal
 from rso.errors import UserError
 
@@ -54,19 +48,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 DIGEST = re.compile("[0-9a-f]{64}")
-API_KEY = "RSO_SERVER_API_KEY"
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-CONNECT_SECONDS = 10.0
-# An answer may take long without a byte on the way; that its server's machine is gone is noticed
-# by the kernel: after 30 s without traffic it asks every 10 s, and gives up after three times.
-KEEPALIVE = [
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    *(
-        (socket.IPPROTO_TCP, getattr(socket, name), value)
-        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
-        if hasattr(socket, name)
-    ),
-]
 CPU_START = ("python", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model")
 # What the server's own defaults would otherwise decide (the model's generation_config.json).
 NEUTRAL = {
@@ -75,14 +56,6 @@ NEUTRAL = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-
-
-class Unavailable(Exception):
-    """An endpoint gave no answer, and may give one later; `wait` is what it asked for, seconds."""
-
-    def __init__(self, reason: str, wait: float = 0.0, is_busy: bool = False) -> None:
-        super().__init__(reason)
-        self.wait, self.is_busy = wait, is_busy
 
 
 def serve_command(directory: str, dtype: str, max_model_len: int | None = None) -> str:
@@ -106,65 +79,6 @@ def serve_command(directory: str, dtype: str, max_model_len: int | None = None) 
     return shlex.join(arguments)
 
 
-@dataclass
-class _Endpoint:
-    """One server: whether it is there, and since when it is not."""
-
-    url: str
-    model: str = ""
-    """The name by which it serves the model."""
-    context_length: int | None = None
-    in_flight: int = 0
-    failures: int = 0
-    """In a row, since the last answer."""
-    away_since: float | None = None
-    """Monotonic seconds of the first of these failures."""
-    lost_by: "Unavailable | None" = None
-    is_met: asyncio.Event = field(default_factory=asyncio.Event)
-    """Whether it was asked at all."""
-    is_open: asyncio.Event = field(default_factory=asyncio.Event)
-    """Whether requests go to it now."""
-    is_lost: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def open(self) -> None:
-        """Send requests."""
-        self.is_met.set()
-        self.is_lost.clear()
-        self.is_open.set()
-
-    def lose(self, error: Unavailable) -> None:
-        """Send no more requests; of several failures at once the first counts."""
-        if self.is_open.is_set():
-            self.lost_by = error
-            self.is_open.clear()
-            self.is_lost.set()
-
-    def failed(self, error: Unavailable) -> None:
-        """Count a failure; the third in a row is told, once."""
-        self.is_met.set()
-        self.lost_by = error
-        self.failures += 1
-        self.away_since = self.away_since or time.monotonic()
-        if self.failures == 3:
-            logger.warning("%s stays away (%s); others, if any, take its share", self.url, error)
-
-    def answered(self) -> None:
-        """Take note of an answer to a request."""
-        self.failures, self.away_since = 0, None
-
-    @property
-    def away_seconds(self) -> float:
-        """Seconds without an answer; 0 while it may be at work on one."""
-        if self.away_since is None or self.in_flight or self.is_open.is_set():
-            return 0.0
-        return time.monotonic() - self.away_since
-
-    def story(self) -> str:
-        """Return since when it is away, and why."""
-        begun = datetime.now(UTC) - timedelta(seconds=self.away_seconds)
-        return f"{self.url} since {begun:%Y-%m-%d %H:%M:%S} UTC ({self.lost_by})"
-
-
 class _Call(NamedTuple):
     """What the requests of one `decode` share."""
 
@@ -180,7 +94,7 @@ class _Session(NamedTuple):
     """Open connections, and the tasks that use them."""
 
     client: httpx2.AsyncClient
-    endpoints: list[_Endpoint]
+    endpoints: list[Endpoint]
     tasks: asyncio.TaskGroup
 
 
@@ -296,20 +210,9 @@ class ServerDecoder:
     @contextlib.asynccontextmanager
     async def _session(self, tally: Callable[[], str]) -> AsyncIterator[_Session]:
         """Give the endpoints, each looked after by a task; `tally` says what is done so far."""
-        key = os.environ.get(API_KEY)
-        client = httpx2.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx2.Timeout(self._servers.timeout, connect=CONNECT_SECONDS, pool=None),
-            # A transport of our own: endpoints are reached directly, whatever proxies are set.
-            transport=httpx2.AsyncHTTPTransport(
-                # vLLM closes idle connections after 5 s; ours close before, without a race.
-                limits=httpx2.Limits(keepalive_expiry=2.0),
-                socket_options=KEEPALIVE,
-            ),
-            trust_env=False,
-        )
+        client = connect(self._servers.timeout)
         async with client, asyncio.TaskGroup() as tasks:
-            endpoints = [_Endpoint(url.rstrip("/")) for url in self._servers.endpoints]
+            endpoints = [Endpoint(url.rstrip("/")) for url in self._servers.endpoints]
             keepers = [
                 tasks.create_task(self._look_after(client, endpoint, endpoints, tally))
                 for endpoint in endpoints
@@ -321,8 +224,8 @@ class ServerDecoder:
     async def _look_after(
         self,
         client: httpx2.AsyncClient,
-        endpoint: _Endpoint,
-        endpoints: Sequence[_Endpoint],
+        endpoint: Endpoint,
+        endpoints: Sequence[Endpoint],
         tally: Callable[[], str],
     ) -> None:
         """Check an endpoint, open it, and once it is lost wait and do so again."""
@@ -346,9 +249,9 @@ class ServerDecoder:
                     f"vllm-server: no endpoint answered for {patience:g} s: {stories}. {tally()}. "
                     "Start the servers again and run again, which goes on from there."
                 )
-            await asyncio.sleep(_pause(endpoint, patience))
+            await asyncio.sleep(endpoint.pause(patience))
 
-    async def _work(self, client: httpx2.AsyncClient, endpoint: _Endpoint, call: _Call) -> None:
+    async def _work(self, client: httpx2.AsyncClient, endpoint: Endpoint, call: _Call) -> None:
         """Send requests to an endpoint, one after another, while it is open."""
         while True:
             await endpoint.is_open.wait()
@@ -373,7 +276,7 @@ class ServerDecoder:
             call.todo.task_done()
 
     async def _responses(
-        self, client: httpx2.AsyncClient, endpoint: _Endpoint, call: _Call, request: Request
+        self, client: httpx2.AsyncClient, endpoint: Endpoint, call: _Call, request: Request
     ) -> list[Decoded]:
         sampling = call.sampling
         # greedy samples are all the same, and vLLM refuses to compute several
@@ -396,19 +299,19 @@ class ServerDecoder:
             "logprobs": 0 if sampling.logprobs else None,
         }
         what = f"prompt {request.prompt_id}"
-        answer = await _send(client, "POST", f"{endpoint.url}/completions", what, body)
+        answer = await send(client, "POST", f"{endpoint.url}/completions", what, body)
         choices = sorted(_choices(answer, endpoint.url, n), key=lambda choice: choice["index"])
         responses = [_decoded(choice, call, f"{endpoint.url}: {what}") for choice in choices]
         return responses * (sampling.num_samples // n)
 
-    async def _check(self, client: httpx2.AsyncClient, endpoint: _Endpoint) -> None:
+    async def _check(self, client: httpx2.AsyncClient, endpoint: Endpoint) -> None:
         """Raise `UserError` unless the endpoint serves this model in the way that is needed."""
         url = endpoint.url
-        listed = await _send(client, "GET", f"{url}/models", "the list of models")
+        listed = await send(client, "GET", f"{url}/models", "the list of models")
         cards = listed.get("data") if isinstance(listed, dict) else None
         if not isinstance(cards, list):
             raise UserError(
-                f"{url}/models answered {_short(listed)}, expected the list of models of an "
+                f"{url}/models answered {short(listed)}, expected the list of models of an "
                 f"OpenAI-compatible server; start one with `{self._command}`."
             )
         named = {card.get("id"): card for card in cards}
@@ -437,11 +340,11 @@ class ServerDecoder:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
-        answer = await _send(client, "POST", f"{url}/completions", "a check of one token", body)
+        answer = await send(client, "POST", f"{url}/completions", "a check of one token", body)
         (choice,) = _choices(answer, url, 1)
         if not _is_untempered(choice):
             raise UserError(
-                f"{url} gives log-probabilities after top-k ({_short(choice.get('logprobs'))}), "
+                f"{url} gives log-probabilities after top-k ({short(choice.get('logprobs'))}), "
                 "expected those of the model itself; start it with `--logprobs-mode raw_logprobs`, "
                 f"which is the default: `{self._command}`."
             )
@@ -478,74 +381,14 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         raise group.exceptions[0] from group
 
 
-def _pause(endpoint: _Endpoint, patience: float) -> float:
-    """Seconds until the next attempt: exponential with full jitter, or what the server asks for.
-
-    The last attempt before patience ends falls on its end.
-    """
-    assert endpoint.lost_by is not None
-    longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(endpoint.failures - 1, 16))
-    # When to ask again changes no answer, so this is no keyed draw.
-    pause = max(random.uniform(0.0, longest), endpoint.lost_by.wait)
-    left = patience - endpoint.away_seconds
-    return min(pause, left) if left > 0 else pause
-
-
-async def _send(
-    client: httpx2.AsyncClient, method: str, url: str, what: str, body: Any = None
-) -> Any:
-    """Return the JSON that an endpoint answers.
-
-    Raises:
-        Unavailable: broken connection, 429, 5xx, or an answer that is no JSON: ask again later.
-        UserError: any other refusal, with the server's own words.
-    """
-    try:
-        response = await client.request(method, url, json=body)
-    except httpx2.RequestError as error:
-        raise Unavailable(f"{type(error).__name__}: {error}".rstrip(": ")) from error
-    status = response.status_code
-    if status == 429 or status >= 500:
-        said = f"HTTP {status}: {_message(response)}"
-        raise Unavailable(said, _retry_after(response), is_busy=status == 429)
-    if status >= 300:
-        hint = f" Set ${API_KEY} to its key." if status in (401, 403) else ""
-        raise UserError(f"{url} refused {what} with HTTP {status}: {_message(response)}.{hint}")
-    try:
-        return response.json()
-    except ValueError as error:
-        raise Unavailable(f"an answer that is no JSON: {_short(response.text)}") from error
-
-
-def _message(response: httpx2.Response) -> str:
-    """Return what the server says of its refusal, in OpenAI's form or else the beginning of it."""
-    try:
-        return str(response.json()["error"]["message"]).rstrip(".")
-    except (ValueError, KeyError, TypeError):
-        return _short(response.text)
-
-
-def _retry_after(response: httpx2.Response) -> float:
-    """Return the seconds that the header Retry-After asks for, given as such or as a date."""
-    text = response.headers.get("retry-after", "0")
-    try:
-        return float(max(0, int(text)))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return 0.0
-
-
 def _choices(answer: Any, url: str, n: int) -> list[dict[str, Any]]:
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or len(choices) != n:
-        raise UserError(f"{url} answered {_short(answer)}, expected {n} choices; use vllm serve.")
+        raise UserError(f"{url} answered {short(answer)}, expected {n} choices; use vllm serve.")
     for choice in choices:
         if not choice.get("token_ids"):
             raise UserError(
-                f"{url} gives no token ids ({_short(choice)}), expected token_ids in each choice, "
+                f"{url} gives no token ids ({short(choice)}), expected token_ids in each choice, "
                 "as `return_token_ids` asks for; use a server that knows it, such as vllm serve."
             )
     return choices
@@ -580,8 +423,3 @@ def _is_untempered(choice: Mapping[str, Any]) -> bool:
     (top,) = (choice.get("logprobs") or {}).get("top_logprobs") or [{}]
     logps = [logp for logp in top.values() if logp is not None and logp > -1000.0]
     return len(logps) >= 2 and sum(map(math.exp, logps)) < 1.001
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -11,7 +11,7 @@ import gc
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -95,15 +95,11 @@ class VllmDecoder:
             # what an earlier call cached would change how prefills are batched, and so rounding
             self._llm.reset_prefix_cache()
             torch.manual_seed(seeds.key("decode", seed, *(r.prompt_id for r in requests)))
-            prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
-            self._llm.enqueue(prompts, parameters, self._adapter, use_tqdm=False)
-            while self._llm.llm_engine.has_unfinished_requests():
-                for output in self._llm.llm_engine.step():
-                    if output.finished:
-                        finished[int(output.request_id)] = output.outputs
-                        if progress is not None:
-                            progress(sampling.num_samples)
-        # vLLM numbers requests in the order in which they come
+            prompts = [request.token_ids for request in requests]
+            for number, outputs in run(self._llm, prompts, parameters, self._adapter):
+                finished[number] = outputs
+                if progress is not None:
+                    progress(sampling.num_samples)
         return [
             _responses(request, finished[number], endings) * num_repeats
             for request, number in zip(requests, sorted(finished), strict=True)
@@ -214,6 +210,19 @@ def start(
     finally:
         # vLLM's CPU worker replaces it by a function that does nothing
         torch.set_num_threads = set_num_threads
+
+
+def run(
+    llm: Any, prompts: Sequence[list[int]], parameters: Any, adapter: Any
+) -> Iterator[tuple[int, list[Any]]]:
+    """Yield each prompt's outputs once they are finished, with a number that rises with prompts."""
+    llm.enqueue(
+        [{"prompt_token_ids": prompt} for prompt in prompts], parameters, adapter, use_tqdm=False
+    )
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                yield int(output.request_id), output.outputs
 
 
 def _cause(error: Exception) -> str:

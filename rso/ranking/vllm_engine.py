@@ -41,22 +41,20 @@ class VllmRanker(RowRanker):
             detokenize=False,
         )
         a, b = self._encoder.labels
-        prompts = [
-            {"prompt_token_ids": row.prefix + branch} for row in rows for branch in row.branches
-        ]
+        prompts = [row.prefix + branch for row in rows for branch in row.branches]
+        if not prompts:
+            return [np.empty(0, np.float32)] * len(rows)
+        found: dict[int, float] = {}
         with self._lock:
-            outputs = (
-                self._llm.generate(prompts, parameters, lora_request=self._adapter, use_tqdm=False)
-                if prompts
-                else []
-            )
-        if progress is not None:
-            progress.advance(len(prompts))
-        # log-probs differ by what logits differ by: they share the normaliser
-        found = [output.outputs[0].logprobs[0] for output in outputs]
-        flat = np.array([of[a].logprob - of[b].logprob for of in found], np.float32)
+            for number, (output,) in vllm_engine.run(self._llm, prompts, parameters, self._adapter):
+                # log-probs differ by what logits differ by: they share the normaliser
+                of = output.logprobs[0]
+                found[number] = of[a].logprob - of[b].logprob
+                if progress is not None:
+                    progress.advance()
+        flat = np.array([found[number] for number in sorted(found)], np.float32)
         ends = np.cumsum([len(row.branches) for row in rows])
-        return np.split(flat, ends[:-1]) if rows else []
+        return np.split(flat, ends[:-1])
 
     def close(self) -> None:
         """Stop the engine and free its memory."""
