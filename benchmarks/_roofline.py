@@ -7,8 +7,8 @@ which is one step. A step takes at least the longer of
 - bytes / the rate of a copy: every weight, every prompt's keys and values once, every sample's own,
   and the logits, written and read.
 
-Scoring is operations alone. What else a step computes (norms, softmax, draws) is left out, so that
-nothing reaches the whole of it. Decoder-only models.
+Scoring is operations alone. What else a step computes (norms, softmax, draws) is left out.
+Decoder-only models.
 """
 
 import statistics

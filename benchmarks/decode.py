@@ -2,7 +2,8 @@
 
 Sides, each a process that holds its model and takes turns with the others:
 
-- `generate`: transformers' own `generate`, one prompt at a time with all its samples;
+- `generate`: transformers' own `generate`, one prompt at a time with all its samples, or several
+  (`--generate-prompts`);
 - `transformers`, `vllm`: our engines, several prompts a call, as a shard is;
 - `llm`: a bare `vllm.LLM.generate` of the same requests, with its defaults;
 - `stage`: the stage `decode` with the vllm engine: Parquet in, Beam, the engine, Parquet out,

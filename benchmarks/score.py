@@ -4,8 +4,8 @@ Sides, each a process that holds the ranker and takes turns with the other:
 
 - `ours`: the ranker of the stage `score`: context and baseline once, equal candidates once, two
   columns of the vocabulary projection;
-- `padded`: every comparison as a sequence of its own, right-padded in batches of 16, the logits of
-  the whole vocabulary at every position, as a script around transformers computes them.
+- `padded`: every comparison as a sequence of its own, right-padded in batches (`--batch`), the
+  logits of the whole vocabulary at every position, as a script around transformers computes them.
 
 The same weights, token ids and candidates, bfloat16. A turn scores all candidates of some prompts
 (`padded`: of one); rates are comparisons a second. Both sides' rewards of the same prompt are
@@ -199,8 +199,9 @@ def padded(arguments: argparse.Namespace) -> Any:
         rewards = []
         with torch.inference_mode():
             for item in items:
-                context = encoder.context(item.prompt).ids
-                inputs = [context + encoder.branch(item.baseline, y) for y in item.responses]
+                before = encoder.context(item.prompt).ids + encoder.side("A", item.baseline)
+                responses = encoder.sides("B", item.responses)
+                inputs = [before + response + encoder.suffix for response in responses]
                 parts = [
                     inputs[i : i + arguments.batch] for i in range(0, len(inputs), arguments.batch)
                 ]

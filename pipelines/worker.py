@@ -18,8 +18,10 @@ def main() -> None:
     # Ctrl-C goes to the whole group, and Beam's worker would go on.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ[WORKER], os.environ[WORKERS] = str(number), str(num_workers)
-    # Before torch is imported: a share of the cores, as the processes of a training have.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_workers)))
+    # Before torch and tokenizers are imported: a share of the cores, as processes of a training.
+    num_threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
+    for setting in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ.setdefault(setting, str(num_threads))
     keep_freed_memory("auto")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     # Beam lowers the level of the root.

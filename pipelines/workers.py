@@ -20,6 +20,7 @@ from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
 from apache_beam.portability import python_urns
 from apache_beam.portability.api import beam_fn_api_pb2, endpoints_pb2
 from apache_beam.runners.portability.fn_api_runner.worker_handlers import (
+    BeamFnControlServicer,
     GrpcWorkerHandler,
     WorkerHandler,
 )
@@ -71,11 +72,14 @@ class Workers:
 
     def start(self, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
         """Start one more worker; it dies with the calling thread."""
-        number = str(len(self._processes))
-        command = [sys.executable, "-m", "pipelines.worker"]
-        command += [number, str(self._count), str(os.getpid())]
-        process = subprocess.Popen(command, env={**os.environ, **environment})
-        self._processes.append(process)
+        with self._lock:
+            number = str(len(self._processes))
+            command = [sys.executable, "-m", "pipelines.worker"]
+            command += [number, str(self._count), str(os.getpid())]
+            process = subprocess.Popen(command, env={**os.environ, **environment})
+            self._processes.append(process)
+            if self._death is not None:
+                process.kill()
         return process
 
     def end(self, dead: "subprocess.Popen[bytes]") -> str:
@@ -128,7 +132,9 @@ class _Worker(GrpcWorkerHandler):
         self._watcher.start()
 
     def close(self) -> None:
-        self._is_interrupted = bool(self.control_conn._futures_by_id)
+        # One that has not connected yet would not hear that there is no work.
+        is_connected = self.control_conn._state != BeamFnControlServicer.UNSTARTED_STATE
+        self._is_interrupted = not is_connected or bool(self.control_conn._futures_by_id)
         self._is_closing.set()
         if self._is_interrupted:
             # Beam would wait until the shards in work are done.

@@ -5,6 +5,7 @@ no torch.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,20 @@ def base_source(directory: str | Path) -> str:
     if beside.exists():
         return str(beside)
     return f"{base}@{revision}" if revision and not Path(base).exists() else str(base)
+
+
+def check_pinned(directory: str | Path, identity: Mapping[str, str]) -> None:
+    """Raise `UserError` if the base is the hub's latest, which may be another at the next load.
+
+    `identity` is the base's as it is now.
+    """
+    commit, revision = identity.get("commit"), _settings(directory).get("revision")
+    if commit is not None and revision != commit:
+        raise UserError(
+            f"model {directory}: {CONFIG} names a base on the hub at revision "
+            f'{revision or "main"}, which may move; set "revision" in it to a commit, which is '
+            f"{commit} now."
+        )
 
 
 def max_rank(directory: str | Path) -> int:

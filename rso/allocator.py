@@ -8,7 +8,8 @@ mathematics: a training step of SmolLM2-135M (16 rows of 71 tokens, bf16 autocas
 
 import ctypes
 import sys
-from pathlib import Path
+
+from rso.config import has_gpu
 
 # malloc.h of glibc. Large blocks come from the heap, not from mmap, which would give each back; one
 # arena, since those of other threads (autograd's) unmap themselves when they run empty.
@@ -20,9 +21,9 @@ def keep_freed_memory(device: str = "cpu") -> bool:
     """Tell malloc to keep what is freed; return whether it agreed (False off glibc).
 
     Where tensors lie on a GPU nothing is done: there its one arena only makes a tokenizer's threads
-    wait for one another (on 16 cores 1,000 texts took 12.5 s of CPU time, one by one 0.5).
+    wait for one another (on 16 cores 1,000 comparisons took 12.5 s of CPU time, one by one 0.5).
     """
-    if device != "cpu" and Path("/dev/nvidia0").exists():
+    if device != "cpu" and has_gpu():
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return mallopt is not None and all(mallopt(name, value) for name, value in _SETTINGS.items())

@@ -137,7 +137,7 @@ def attention(
     on_gpu: Any = _OnGpu.apply
     if query.device.type == "cpu":
         return on_cpu(query, key, value, branches, scale), None
-    if flash_on_gpu.has_kernel(value):
+    if flash_on_gpu.has_kernel(value) and query.shape[-1] == value.shape[-1]:
         return on_gpu(query, key, value, branches, scale), None
     return dense(query, key, value, branches, scale), None
 

@@ -6,6 +6,7 @@ stays out of fingerprints; every other setting is part of the identity of the st
 
 import difflib
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -539,7 +540,8 @@ class Beam(Section):
                 f"num_workers is for FnApiRunner, and runner is {self.runner}; remove it, and say "
                 "in options what that runner calls it"
             )
-        if self.options.get("direct_running_mode") == "multi_processing":
+        has_workers = self.num_workers > 1 and "direct_num_workers" in self.options
+        if has_workers or self.options.get("direct_running_mode") == "multi_processing":
             raise ValueError(
                 "options: direct_running_mode multi_processing is num_workers here; remove it and "
                 "direct_num_workers, and set num_workers"
@@ -661,8 +663,14 @@ def resolve(config: Config) -> Config:
     return config.model_copy(update=update)
 
 
+def has_gpu() -> bool:
+    """Return whether this process may see a GPU of NVIDIA's, by what the system shows."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    return not is_hidden and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def _computes_bfloat16() -> bool:
-    if Path("/dev/nvidia0").exists():
+    if has_gpu():
         return True
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""

@@ -23,11 +23,12 @@ def device_of_worker(device: str) -> str:
     Raises:
         UserError: no GPU is left for this worker, or its GPU does not work.
     """
-    gpu = claim_gpu() if device in ("auto", "cuda") else None
-    if gpu is None:
-        return device
     import torch
 
+    is_shared_out = device == "cuda" or (device == "auto" and torch.version.cuda is not None)
+    gpu = claim_gpu() if is_shared_out else None
+    if gpu is None:
+        return device
     try:
         torch.zeros(1, device="cuda")
     except (AssertionError, RuntimeError) as error:
@@ -97,7 +98,9 @@ def _is_cuda_initialised() -> bool:
 
 def _hold(gpu: str) -> bool:
     """Lock the file of a GPU unless another process has; the kernel unlocks it for the dead."""
-    folder = os.path.join(tempfile.gettempdir(), f"rso-gpus-{os.getuid()}-{platform.node()}")
+    # Jobs of a cluster may call different cards by the same number, and share none.
+    job = os.environ.get("SLURM_JOB_ID", "alone")
+    folder = os.path.join(tempfile.gettempdir(), f"rso-gpus-{os.getuid()}-{platform.node()}-{job}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
     # Never closed: held as long as the process is there.
     lock = os.open(os.path.join(folder, gpu.replace("/", "-")), os.O_RDWR | os.O_CREAT, 0o600)

@@ -110,6 +110,7 @@ def resolve(source: str | ModelSource) -> ResolvedModel:
         identity = {"sha256": _directory_digest(location)}
     if base_of(location) is not None:
         of_base = resolve(adapters.base_source(location)).identity
+        adapters.check_pinned(location, of_base)
         identity |= {f"base_{key}": value for key, value in of_base.items()}
     return ResolvedModel(identity, str(location))
 
@@ -124,9 +125,15 @@ def base_of(location: str | Path) -> str | None:
         return None
     source = adapters.base_source(location)
     try:
-        return os.path.abspath(_locate(source)[0])
+        base = os.path.abspath(_locate(source)[0])
     except UserError as error:
         raise UserError(f"model {location}: the base that it names is missing: {error}") from error
+    if os.path.realpath(base) == os.path.realpath(location):
+        raise UserError(
+            f"model {location}: its {adapters.CONFIG} names this directory itself as the base; "
+            "move the adapters to a directory of their own, and name the base in it."
+        )
+    return base
 
 
 def load_config(location: str | Path) -> "PreTrainedConfig":
@@ -216,6 +223,8 @@ def load_model(
             )
     except ValueError as error:
         # no language model, or one whose attention is its own
+        if not any(text in str(error) for text in ("configuration class", "attention impl")):
+            raise
         raise UserError(
             f"model {location}: {first_sentence(str(error))}; choose a plain language model, such "
             "as a Llama or a Qwen."
@@ -368,7 +377,8 @@ def model_digest(directory: str | Path) -> str:
             digest.update(_canonical([path.name, _file_digest(path)]))
     base = base_of(directory)
     if base is not None:
-        digest.update(_canonical(["base", model_digest(base)]))
+        of_base = _file_digest(Path(base)) if Path(base).is_file() else model_digest(base)
+        digest.update(_canonical(["base", of_base]))
     return digest.hexdigest()
 
 

@@ -27,7 +27,7 @@ class progress:
         self.done = 0
         self._started = time.monotonic()
         self._bar: Any = None
-        # Of several processes the first one shows what all of them do.
+        # Of several processes the first one alone: of a training it shows what all of them do.
         self._is_seen = sys.stderr.isatty() and is_first_process()
 
     def advance(self, count: int = 1) -> None:

@@ -72,7 +72,7 @@ def _command(config: Config, job: str) -> list[str]:
         # On machines without GPUs, too, this is the launcher of several processes.
         command += ["--multi_gpu", "--num_machines", "1", "--main_process_port", "0"]
         command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    threads = max(1, (os.cpu_count() or 1) // compute.num_processes)
+    threads = max(1, len(os.sched_getaffinity(0)) // compute.num_processes)
     command += ["--num_cpu_threads_per_process", str(threads)]
     command += ["--num_processes", str(compute.num_processes)]
     return [*command, "--module", "stages.launch", job]

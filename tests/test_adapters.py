@@ -372,6 +372,37 @@ def test_adapters_of_a_shared_output_layer_are_a_user_error(
 
 
 @of_llama
+def test_adapters_that_name_themselves_as_base_are_a_user_error(
+    adapted: Adapted, tmp_path: Path
+) -> None:
+    directory = edited(adapted.directory, tmp_path / "itself", base_model_name_or_path=".")
+    for load in (models.resolve, models.load_config, models.model_digest):
+        with pytest.raises(UserError, match="names this directory itself as the base"):
+            load(directory)
+
+
+@of_llama
+def test_adapters_of_a_hub_s_latest_are_a_user_error(adapted: Adapted, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    directory = edited(adapted.directory, tmp_path / "latest", revision=None)
+    with pytest.raises(UserError, match=rf"revision main, which may move; .* {commit} now"):
+        adapters.check_pinned(directory, {"commit": commit})
+    adapters.check_pinned(directory, {"sha256": commit})
+    pinned = edited(adapted.directory, tmp_path / "pinned", revision=commit)
+    adapters.check_pinned(pinned, {"commit": commit})
+
+
+@of_llama
+def test_adapters_of_a_gguf_base_have_a_digest(adapted: Adapted, tmp_path: Path) -> None:
+    (tmp_path / "base.gguf").write_bytes(b"one")
+    name = {"base_model_name_or_path": "../base.gguf"}
+    directory = edited(adapted.directory, tmp_path / "adapters", **name)
+    digest = models.model_digest(directory)
+    (tmp_path / "base.gguf").write_bytes(b"two")
+    assert models.model_digest(directory) != digest
+
+
+@of_llama
 def test_adapters_in_four_bits_are_a_user_error(adapted: Adapted) -> None:
     with pytest.raises(UserError, match=r"lora\.quantise is for whole models.*train_sft\.skip"):
         models.load_model(adapted.directory, dtype="float32", quantise=True)

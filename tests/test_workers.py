@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import processes
 import psutil
@@ -94,7 +95,7 @@ def test_workers_claim_a_gpu_each(
     assert sorted(claimed(plan, tmp_path / "workers", 2)) == ["3", "3", "5", "5"]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
     threads = [file.read_text() for file in (tmp_path / "workers").iterdir()]
-    assert threads == 2 * [str(max(1, (os.cpu_count() or 1) // 2))]
+    assert threads == 2 * [str(max(1, len(os.sched_getaffinity(0)) // 2))]
 
 
 def test_workers_more_than_gpus_are_refused(
@@ -193,7 +194,7 @@ def test_worker_whose_gpu_does_not_work_names_it(tiny_llama_dir: str, tmp_path: 
     said, _ = worker(load.format(tiny_llama_dir, "cpu")).communicate(timeout=120)
     assert said.splitlines()[-1] == "cpu"
     assert not any((tmp_path / "claims").iterdir())
-    said, _ = worker(load.format(tiny_llama_dir, "auto"), "GPU-none,5").communicate(timeout=120)
+    said, _ = worker(load.format(tiny_llama_dir, "cuda"), "GPU-none,5").communicate(timeout=120)
     assert "UserError: GPU GPU-none of " in said and "cannot be used (" in said
 
 
@@ -205,7 +206,7 @@ def test_worker_with_a_device_of_its_own_claims_nothing(
     monkeypatch.setenv(gpus.WORKERS, "2")
     assert gpus.device_of_worker(device) == device
     with pytest.raises(UserError, match="num_workers is 2"):
-        gpus.device_of_worker("auto")
+        gpus.device_of_worker("cuda")
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,36 @@ def test_worker_that_cannot_start_ends_the_run_with_a_sentence(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
     with pytest.raises(UserError, match="ended with exit code 7"):
         map_shards(Die(str(tmp_path), 0, "kill"), plan, Beam(num_workers=2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_worker_that_the_system_refuses_ends_the_run(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, start = [], subprocess.Popen
+
+    def refuse_the_second(command: list[str], **options: Any) -> Any:
+        if "pipelines.worker" in command:
+            started.append(command)
+            if len(started) == 2:
+                raise BlockingIOError("Resource temporarily unavailable")
+        return start(command, **options)
+
+    before = psutil.Process().children(recursive=True)
+    monkeypatch.setattr("pipelines.workers.subprocess.Popen", refuse_the_second)
+    with pytest.raises(BlockingIOError):
+        map_shards(Die(str(tmp_path), 0, "kill"), plan, Beam(num_workers=2))
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
+
+
+def test_worker_processes_are_counted_once() -> None:
+    for settings in (
+        {"num_workers": 2, "options": {"direct_num_workers": 3}},
+        {"options": {"direct_running_mode": "multi_processing"}},
+    ):
+        with pytest.raises(ValueError, match="set num_workers"):
+            Beam(**settings)
 
 
 TWO = "beam.num_workers=2"

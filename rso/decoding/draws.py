@@ -53,6 +53,13 @@ def filtered(logits: Tensor, sampling: Sampling) -> Distribution:
     return Distribution(token_ids, _cumulative(probabilities.gather(-1, order)))
 
 
+def bytes_of_logit(sampling: Sampling) -> int:
+    """Return the bytes that `filtered` takes for every logit, as measured: few with a top-k."""
+    if sampling.temperature == 0 or sampling.top_k:
+        return 0
+    return 24 if sampling.top_p == 1.0 else 49
+
+
 def top_logits(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest logits of each row [row, count], fp32, falling, and their token ids.
 

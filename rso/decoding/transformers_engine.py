@@ -62,11 +62,14 @@ class TransformersDecoder:
         self._tokenizer = tokenizer
         self._stop_ids = stop_token_ids(model.generation_config, tokenizer)
         self._lock = threading.Lock()
+        is_on_cpu = model.device.type == "cpu"
+        self._whole_wave = ROWS_PER_WAVE if is_on_cpu else ROWS_PER_WAVE_ON_GPU
         self._rows_per_wave = BatchSize(
-            wave_limits(model.device)[0],
+            self._whole_wave,
             "samples",
             what="decode",
-            advice="lower decode.num_samples or max_new_tokens, or use a device with more memory",
+            advice="lower max_new_tokens or num_samples, set top_k where it is 0, or use a device "
+            "with more free memory",
         )
 
     @property
@@ -103,12 +106,13 @@ class TransformersDecoder:
             missing = [index for index in range(len(requests)) if index not in samples]
             num_rows = len(missing) * num_drawn(sampling)
             # no processor waits for the others' only wave
-            rows = min(rows_per_wave, -(-num_rows // num_workers))
+            rows = min(most_rows * rows_per_wave // self._whole_wave, -(-num_rows // num_workers))
             waves = list(plan_waves(requests, missing, sampling, model, rows))
             side_by_side(decode_wave, waves, num_workers)
 
         # On a CPU one wave a thread: threads that share each small operation wait for one another.
         num_workers = torch.get_num_threads() if model.device.type == "cpu" else 1
+        most_rows, _ = wave_limits(model, sampling)
         with self._lock, _attention_of_waves(model):
             self._rows_per_wave.attempt(decode_missing)
         return [
@@ -142,7 +146,7 @@ def plan_waves(
     A wave has at most `rows_per_wave` samples, `wave_limits` of keys and values, and at least one
     prompt.
     """
-    _, most_bytes = wave_limits(model.device)
+    _, most_bytes = wave_limits(model, sampling)
     by_length = sorted(chosen, key=lambda i: (len(requests[i].token_ids), i))
     wave: list[int] = []
     for index in by_length:
@@ -158,16 +162,18 @@ def plan_waves(
     yield wave
 
 
-def wave_limits(device: torch.device) -> tuple[int, int]:
+def wave_limits(model: PreTrainedModel, sampling: Sampling) -> tuple[int, int]:
     """Return the most samples of a wave, and the most bytes of their keys and values.
 
-    On a GPU a quarter of its memory, free or not: what is free would make waves, and so rounding,
-    depend on what else runs.
+    On a GPU keys and values may have a quarter of its memory and logits an eighth, free or not:
+    what is free would make waves, and so rounding, depend on what else runs.
     """
-    if device.type == "cpu":
+    if model.device.type == "cpu":
         return ROWS_PER_WAVE, BYTES_PER_WAVE
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return ROWS_PER_WAVE_ON_GPU, memory // 4
+    memory = torch.cuda.get_device_properties(model.device).total_memory
+    of_logit = model.dtype.itemsize + draws.bytes_of_logit(sampling)
+    rows = memory // 8 // (model.config.get_text_config().vocab_size * of_logit)
+    return max(1, min(ROWS_PER_WAVE_ON_GPU, rows)), memory // 4
 
 
 class _Sample(NamedTuple):

@@ -52,6 +52,7 @@ class VllmRanker(RowRanker):
                 found[number] = of[a].logprob - of[b].logprob
                 if progress is not None:
                     progress.advance()
+        assert len(found) == len(prompts)
         flat = np.array([found[number] for number in sorted(found)], np.float32)
         ends = np.cumsum([len(row.branches) for row in rows])
         return np.split(flat, ends[:-1])
