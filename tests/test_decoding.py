@@ -359,7 +359,7 @@ def test_transformers_decode_out_of_memory_halves_the_batch_once_and_loses_nothi
     assert "memory ran out" in warning and "batches of 128 samples" in warning
     with (
         memory_for(model, rows=63),
-        pytest.raises(UserError, match=r"batches of 128 samples.*lower decode.num_samples"),
+        pytest.raises(UserError, match=r"batches of 128 samples.*lower max_new_tokens"),
     ):
         engine.decode(requests, sampling, seed=5)
 
