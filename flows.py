@@ -5,6 +5,8 @@ import os
 # Offline machines would log errors for analytics that cannot be sent.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+# Of the server that Prefect starts for one run: 20 s, its default, pass on busy cores.
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 
 from typing import Any
 
