@@ -87,7 +87,7 @@ class _MapShard(beam.DoFn):
         self._engine: Any = None
 
     def process(self, index: int) -> Iterator[int]:
-        if os.path.exists(_counters_file(self._plan, index)):
+        if _is_done(self._plan, index):
             yield index
             return
         if _failures(self._plan):
@@ -145,8 +145,7 @@ def map_shards(function: ShardFunction, plan: Plan, settings: Beam) -> Counters:
 
     def build(root: Any) -> Any:
         # Workers share out beforehand what they are given: only what is left to do.
-        indices = range(plan.num_shards)
-        left = [index for index in indices if not os.path.exists(_counters_file(plan, index))]
+        left = [index for index in range(plan.num_shards) if not _is_done(plan, index)]
         return root | beam.Create(left) | MapShards(function, plan)
 
     return run_and_sum(build, plan, settings)
@@ -162,7 +161,7 @@ def run_and_sum(build: Callable[[Any], Any], plan: Plan, settings: Beam) -> Coun
     for index in indices:
         with contextlib.suppress(FileNotFoundError):
             os.remove(_failure_file(plan, index))
-    if not all(os.path.exists(_counters_file(plan, index)) for index in indices):
+    if not all(_is_done(plan, index) for index in indices):
         workers = Workers(plan.label, settings.num_workers)
         options = workers.options(settings.options)
         pipeline = beam.Pipeline(runner=settings.runner, options=options)
@@ -194,6 +193,10 @@ def sum_counters(shards: Sequence[Counters]) -> Counters:
             else:
                 total[name] = total.get(name, 0) + count
     return total
+
+
+def _is_done(plan: Plan, index: int) -> bool:
+    return os.path.exists(_counters_file(plan, index))
 
 
 def _counters_file(plan: Plan, index: int) -> str:

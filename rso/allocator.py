@@ -20,8 +20,8 @@ _SETTINGS = {_TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**28, _MMAP_MAX: 0, _ARENA_M
 def keep_freed_memory(device: str = "cpu") -> bool:
     """Tell malloc to keep what is freed; return whether it agreed (False off glibc).
 
-    Where tensors lie on a GPU nothing is done: there its one arena only makes a tokenizer's threads
-    wait for one another (on 16 cores 1,000 comparisons took 12.5 s of CPU time, one by one 0.5).
+    Where tensors lie on a GPU nothing is done: in one arena a tokenizer's threads wait for one
+    another (docs/lab-notes.md).
     """
     if device != "cpu" and has_gpu():
         return False
