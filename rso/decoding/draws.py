@@ -54,7 +54,7 @@ def filtered(logits: Tensor, sampling: Sampling) -> Distribution:
 
 
 def bytes_of_logit(sampling: Sampling) -> int:
-    """Return the bytes that `filtered` takes for every logit, as measured on a CPU: few with a top-k."""
+    """Return the bytes a logit that `filtered` takes, as measured on a CPU: few with a top-k."""
     if sampling.temperature == 0 or sampling.top_k:
         return 0
     return 24 if sampling.top_p == 1.0 else 49
