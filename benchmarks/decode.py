@@ -7,7 +7,7 @@ Sides, each a process that holds its model and takes turns with the others:
 - `transformers`, `vllm`: our engines, several prompts a call, as a shard is;
 - `replicas`: the vllm engine once a core, on a CPU: processes of one thread each, as
   `beam.num_workers` starts them, that decode `--prompts` each;
-- `llm`: a bare `vllm.LLM.generate` of the same requests, with its defaults;
+- `llm`: a bare `vllm.LLM.generate` of the same requests, log-probs included, with its defaults;
 - `stage`: the stage `decode` with the vllm engine: Parquet in, Beam, the engine, Parquet out,
   the engine being up.
 
@@ -301,7 +301,7 @@ def prepare_llm(arguments: argparse.Namespace) -> Work:
     )
     llm = LLM(str(arguments.directory / "model"), dtype=DTYPE, max_model_len=room, **options)
     parameters = SamplingParams(
-        n=NUM_SAMPLES, temperature=0.7, top_k=40, max_tokens=NEW_TOKENS, seed=None
+        n=NUM_SAMPLES, temperature=0.7, top_k=40, max_tokens=NEW_TOKENS, seed=None, logprobs=0
     )
     requests = Requests(arguments)
 

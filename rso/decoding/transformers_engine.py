@@ -38,9 +38,9 @@ from rso.decoding.encoder_decoder import EncoderDecoderWave
 from rso.decoding.side_by_side import Total, side_by_side
 from rso.out_of_memory import BatchSize
 
-# Weights are read and kernels started once for all samples of a wave. On two CPU cores 512 gave 1.13
-# times the rate of 256 (135M model, bfloat16, median of six pairs), and larger ones take long to
-# report anything.
+# Weights are read and kernels started once for all samples of a wave. On two CPU cores waves of 512
+# gave 1.13 times the rate of 256 (135M model, bfloat16, median of six pairs); larger ones take
+# memory, and long to report anything.
 ROWS_PER_WAVE, ROWS_PER_WAVE_ON_GPU = 512, 4096
 BYTES_PER_WAVE = 2 << 30
 
