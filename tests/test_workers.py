@@ -311,6 +311,21 @@ def test_stages_with_two_workers_write_the_same_bytes_and_counters(
         assert files(two) == files(finished.artifact(stage))
 
 
+@pytest.mark.slow
+def test_two_workers_hold_a_vllm_engine_each(finished: system.Run, tmp_path: Path) -> None:
+    run = finished.copy(tmp_path / "store")
+
+    def responses(*settings: str) -> list[tuple[str, int, list[int]]]:
+        config = run.config("decode.engine=vllm", *settings)
+        artifact = run_stage(system.graph_of(config), "decode", force=True).artifact
+        rows = artifact.read("candidates").to_pylist()
+        return [(row["prompt_id"], row["sample_index"], row["token_ids"]) for row in rows]
+
+    one = responses()
+    assert len(one) == 16 * 6
+    assert responses(TWO) == one
+
+
 def files(artifact: Artifact) -> dict[str, bytes]:
     """The bytes of each file but the manifest."""
     folder = Path(artifact.directory)

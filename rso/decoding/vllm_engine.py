@@ -44,10 +44,11 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 # On the CPU: memory for keys and values, touched as it is used. With an explicit size and without
-# compilation vLLM needs no warm-up: a 135M model starts in 4-18 s, compiled in 35-100 s, and
-# compiled it decoded no faster. Of a prompt only whole blocks are shared by its samples, and every
-# sample computes the rest anew: with blocks of 128 tokens, the default, 64 samples of 64 tokens at
-# a prompt of 256 came at 390-460 tokens/s, with 32, the least, at 650-800.
+# compilation vLLM needs no warm-up: a 135M model starts in 4-23 s, compiled in 35-116 s, and
+# compiled it decoded 1.03 times as fast (median of four pairs of turns). Of a prompt only whole
+# blocks are shared by its samples, and every sample computes the rest anew: with blocks of 128
+# tokens, the default, 64 samples of 64 tokens at a prompt of 256 came at 390-460 tokens/s, with 32,
+# the least, at 650-800.
 CPU_OPTIONS = {
     "kv_cache_memory_bytes": 2 << 30,
     "enforce_eager": True,
