@@ -115,6 +115,15 @@ def resolve(source: str | ModelSource) -> ResolvedModel:
     return ResolvedModel(identity, str(location))
 
 
+def locate(source: str | ModelSource) -> str:
+    """Return where the model of `source` is on this machine, without reading its weights.
+
+    Raises:
+        UserError: as `resolve`.
+    """
+    return str(_locate(source)[0])
+
+
 def base_of(location: str | Path) -> str | None:
     """Return where the base of a directory of adapters is, None for a whole model.
 
@@ -125,7 +134,7 @@ def base_of(location: str | Path) -> str | None:
         return None
     source = adapters.base_source(location)
     try:
-        base = os.path.abspath(_locate(source)[0])
+        base = os.path.abspath(locate(source))
     except UserError as error:
         raise UserError(f"model {location}: the base that it names is missing: {error}") from error
     if os.path.realpath(base) == os.path.realpath(location):

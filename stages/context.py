@@ -8,7 +8,7 @@ import pyarrow as pa
 from pipelines.shards import Counters, Dataset, Plan, ShardFunction, map_shards
 from rso.artifact import Artifact, Work
 from rso.config import REFERENCE, Beam, Config
-from rso.models import resolve
+from rso.models import locate
 from rso.parquet import num_shards, read_shard
 
 Curve = list[dict[str, float]]
@@ -49,7 +49,8 @@ class Context:
         """Return the folder of the model that a setting names: `reference`, or a model source."""
         if source == REFERENCE:
             return self.directory(REFERENCE)
-        return str(resolve(source).location)
+        # the plan has read it for its identity, and a stage asks more than once
+        return locate(source)
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return a whole dataset input, shard after shard; only for what fits in memory."""
