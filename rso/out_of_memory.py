@@ -26,25 +26,28 @@ class BatchSize:
         self.size, self._is_halved = size, False
         self._unit, self._what, self._advice = unit, what, advice
 
-    def attempt(self, run: Callable[[int], T]) -> T:
+    def attempt(self, run: Callable[[int], T], most: int | None = None) -> T:
         """Return `run(size)`, of half the size where memory runs out.
+
+        `most` is what there is to do: a batch that had less than `size` is halved itself.
 
         Raises:
             UserError: memory ran out with half the size too.
         """
+        size = self.size if most is None else min(self.size, most)
         try:
-            return run(self.size)
+            return run(size)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).strip().splitlines()[0]
             if self._is_halved:
                 raise UserError(
-                    f"{self._what}: memory ran out in batches of {self.size} {self._unit}, half of "
+                    f"{self._what}: memory ran out in batches of {size} {self._unit}, half of "
                     f"what was tried first ({reason}); {self._advice}."
                 ) from error
         # Out of the handler, whose traceback holds the tensors that did not fit.
-        self.size, self._is_halved = max(1, self.size // 2), True
+        self.size, self._is_halved = max(1, size // 2), True
         logger.warning(
             "%s: memory ran out (%s); going on in batches of %d %s, half as many",
             self._what,
@@ -55,7 +58,7 @@ class BatchSize:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return self.attempt(run)
+        return self.attempt(run, most)
 
 
 def is_out_of_memory(error: Exception) -> bool:

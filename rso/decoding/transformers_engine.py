@@ -65,9 +65,8 @@ class TransformersDecoder:
         self._stop_ids = stop_token_ids(model.generation_config, tokenizer)
         self._lock = threading.Lock()
         is_on_cpu = model.device.type == "cpu"
-        self._whole_wave = ROWS_PER_WAVE if is_on_cpu else ROWS_PER_WAVE_ON_GPU
         self._rows_per_wave = BatchSize(
-            self._whole_wave,
+            ROWS_PER_WAVE if is_on_cpu else ROWS_PER_WAVE_ON_GPU,
             "samples",
             what="decode",
             advice="lower max_new_tokens or num_samples, set top_k where it is 0, or use a device "
@@ -106,17 +105,16 @@ class TransformersDecoder:
 
         def decode_missing(rows_per_wave: int) -> None:
             missing = [index for index in range(len(requests)) if index not in samples]
-            num_rows = len(missing) * num_drawn(sampling)
-            # no processor waits for the others' only wave
-            rows = min(most_rows * rows_per_wave // self._whole_wave, -(-num_rows // num_workers))
-            waves = list(plan_waves(requests, missing, sampling, model, rows))
+            waves = list(plan_waves(requests, missing, sampling, model, rows_per_wave))
             side_by_side(decode_wave, waves, num_workers)
 
         # On a CPU one wave a thread: threads that share each small operation wait for one another.
         num_workers = torch.get_num_threads() if model.device.type == "cpu" else 1
-        most_rows, _ = wave_limits(model, sampling)
+        num_rows = len(requests) * num_drawn(sampling)
+        # no processor waits for the others' only wave
+        most_rows = min(wave_limits(model, sampling)[0], -(-num_rows // num_workers))
         with self._lock, _attention_of_waves(model):
-            self._rows_per_wave.attempt(decode_missing)
+            self._rows_per_wave.attempt(decode_missing, most_rows)
         return [
             [
                 endings.finish(sample.token_ids, sample.logp if sampling.logprobs else None)
