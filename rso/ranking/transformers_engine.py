@@ -32,7 +32,8 @@ class TransformersRanker(RowRanker):
 
     def margins(self, rows: Sequence[Row], progress: Bar | None) -> list[Float32]:
         """Return logit_A - logit_B after every branch of every row, rows as given."""
-        return self._token_budget.attempt(lambda budget: self._within(budget, rows, progress))
+        most = sum(row.num_tokens for row in rows)
+        return self._token_budget.attempt(lambda budget: self._within(budget, rows, progress), most)
 
     def _within(
         self, token_budget: int, rows: Sequence[Row], progress: Bar | None
