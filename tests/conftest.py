@@ -139,6 +139,22 @@ def tiny_ranker_dir(
 
 
 @pytest.fixture(scope="session")
+def broken_llama_dir(
+    make_llama: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """A policy one of whose logits is never finite."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    directory = make_llama(tmp_path_factory.mktemp("broken-llama"))
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = float("nan")
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def t5_tokenizer() -> PreTrainedTokenizerBase:
     """Unigram as T5 has it: pad 0, EOS 1 (added by itself at the end), unknown 2, no BOS."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers

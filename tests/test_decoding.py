@@ -595,6 +595,17 @@ def test_vllm_without_memory_names_the_engine_that_needs_less(
     decoder.close()
 
 
+@pytest.mark.slow
+def test_vllm_broken_weights_name_the_prompt(broken_llama_dir: str) -> None:
+    decoder = load_decoder("vllm", broken_llama_dir, dtype="float32", max_model_len=128)
+    request = Request("feed", [20, 30, 40])
+    # by our sampler with a top-k, by vLLM's own without, and greedy
+    for sampling in (Sampling(top_k=4), Sampling(top_k=0), Sampling(temperature=0.0)):
+        with pytest.raises(UserError, match=r"not finite for prompt feed"):
+            decoder.decode([request], replace(sampling, max_new_tokens=4), seed=0)
+    decoder.close()
+
+
 @our_llama
 @pytest.mark.slow
 def test_vllm_with_an_architecture_of_no_engine_says_so(

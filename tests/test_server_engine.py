@@ -153,6 +153,24 @@ def test_decode_response_that_the_server_cut_is_refused(tiny_llama_dir: str) -> 
         decode(load(tiny_llama_dir, url))
 
 
+@pytest.mark.parametrize("logp", [float("nan"), None])
+def test_decode_log_probability_that_is_not_finite_names_the_prompt(
+    tiny_llama_dir: str, logp: float | None
+) -> None:
+    server = Scripted(tiny_llama_dir)
+
+    def shape(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+        if body["prompt"] == REQUESTS[1].token_ids:
+            answer["choices"][1]["logprobs"]["token_logprobs"][2] = logp
+        return answer
+
+    server.shape = shape
+    sentence = rf"prompt {REQUESTS[1].prompt_id}.*not finite: check its weights"
+    with serving(server) as url, pytest.raises(UserError, match=sentence):
+        # asked for or not
+        load(tiny_llama_dir, url).decode(REQUESTS, replace(SAMPLING, logprobs=False), seed=0)
+
+
 def test_decode_request_says_all_that_determines_the_answer(tiny_llama_dir: str) -> None:
     server = Scripted(tiny_llama_dir)
     sampling = Sampling(0.7, 40, 0.9, max_new_tokens=4, stop=("END",), num_samples=3)
@@ -175,7 +193,7 @@ def test_decode_request_says_all_that_determines_the_answer(tiny_llama_dir: str)
         "ignore_eos": True,
         "stop": ["END"],
         "return_token_ids": True,
-        "logprobs": None,
+        "logprobs": 0,
         "repetition_penalty": 1.0,
         "min_p": 0.0,
     }
@@ -491,6 +509,16 @@ def test_vllm_log_probabilities_are_those_of_the_model_untempered(
             logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
             expected = float(logps.gather(-1, torch.tensor(tokens)[:, None]).sum())
             assert response.cumulative_logp == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_vllm_server_of_broken_weights_says_so(broken_llama_dir: str, tmp_path: Path) -> None:
+    server = Vllm(serve_command(broken_llama_dir, "float32", 256), tmp_path / "log")
+    try:
+        with pytest.raises(UserError, match="not finite: check its weights"):
+            load(broken_llama_dir, server.wait().url)
+    finally:
+        server.kill()
 
 
 @pytest.mark.slow

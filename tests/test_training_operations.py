@@ -79,7 +79,10 @@ def launch(
 def assert_same_curves(first: list[dict[str, float]], second: list[dict[str, float]]) -> None:
     assert len(first) == len(second)
     for ours, theirs in zip(first, second, strict=True):
-        for name in ours.keys() - {"seconds", "total_flos"}:
+        # before its first update all margins of a policy are rounding, and so are their signs
+        has_signs = abs(ours.get("margin", 1.0)) > 1e-4
+        ignored = {"seconds", "total_flos"} if has_signs else {"seconds", "total_flos", "accuracy"}
+        for name in ours.keys() - ignored:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (name, ours)
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 

@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 API_KEY = "RSO_SERVER_API_KEY"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 CONNECT_SECONDS = 10.0
+NOT_FINITE = (
+    "The model gave log-probabilities that are not finite: check its weights, or serve it with "
+    "--dtype float32."
+)
 # An answer may take long without a byte on the way; that its server's machine is gone is noticed
 # by the kernel: after 30 s without traffic it asks every 10 s, and gives up after three times.
 KEEPALIVE = [
@@ -144,11 +148,15 @@ async def send(
         raise Unavailable(f"{type(error).__name__}: {error}".rstrip(": ")) from error
     status = response.status_code
     if status == 429 or status >= 500:
-        said = f"HTTP {status}: {_message(response)}"
-        raise Unavailable(said, _retry_after(response), is_busy=status == 429)
+        reason = f"HTTP {status}: {_message(response)}"
+        raise Unavailable(reason, _retry_after(response), is_busy=status == 429)
     if status >= 300:
+        said = _message(response)
         hint = f" Set ${API_KEY} to its key." if status in (401, 403) else ""
-        raise UserError(f"{url} refused {what} with HTTP {status}: {_message(response)}.{hint}")
+        if "not JSON compliant" in said:
+            # vLLM's words where an answer would hold NaN
+            hint = f" {NOT_FINITE}"
+        raise UserError(f"{url} refused {what} with HTTP {status}: {said}.{hint}")
     try:
         return response.json()
     except ValueError as error:

@@ -39,7 +39,7 @@ from rso.decoding import (
     require_room,
     stop_token_ids,
 )
-from rso.decoding.endpoint import Endpoint, Unavailable, connect, send, short
+from rso.decoding.endpoint import NOT_FINITE, Endpoint, Unavailable, connect, send, short
 from rso.decoding.journal import Journal
 from rso.errors import UserError
 
@@ -295,8 +295,8 @@ class ServerDecoder:
             "ignore_eos": True,
             "stop": list(sampling.stop),
             "return_token_ids": True,
-            # 0: of the chosen token alone
-            "logprobs": 0 if sampling.logprobs else None,
+            # of the chosen token alone; asked always, as they show a broken model
+            "logprobs": 0,
         }
         what = f"prompt {request.prompt_id}"
         answer = await send(client, "POST", f"{endpoint.url}/completions", what, body)
@@ -395,16 +395,16 @@ def _choices(answer: Any, url: str, n: int) -> list[dict[str, Any]]:
 
 
 def _decoded(choice: Mapping[str, Any], call: _Call, where: str) -> Decoded:
-    token_ids, logp = [int(token) for token in choice["token_ids"]], None
-    if call.sampling.logprobs:
-        logps = (choice.get("logprobs") or {}).get("token_logprobs") or []
-        if len(logps) != len(token_ids):
-            raise UserError(
-                f"{where}: {len(logps)} log-probabilities for {len(token_ids)} tokens, expected "
-                "one each; use a server that gives them, such as vllm serve."
-            )
-        logp = math.fsum(logps)
-    decoded = call.endings.finish(token_ids, logp)
+    token_ids = [int(token) for token in choice["token_ids"]]
+    logps = (choice.get("logprobs") or {}).get("token_logprobs") or []
+    if len(logps) != len(token_ids):
+        raise UserError(
+            f"{where}: {len(logps)} log-probabilities for {len(token_ids)} tokens, expected "
+            "one each; use a server that gives them, such as vllm serve."
+        )
+    if not all(logp is not None and math.isfinite(logp) for logp in logps):
+        raise UserError(f"{where}: {NOT_FINITE}")
+    decoded = call.endings.finish(token_ids, math.fsum(logps) if call.sampling.logprobs else None)
     if decoded.finish_reason == "length" and len(token_ids) != call.sampling.max_new_tokens:
         raise UserError(
             f"{where}: a response ends after {len(token_ids)} tokens with "

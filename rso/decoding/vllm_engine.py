@@ -28,13 +28,14 @@ from rso.decoding import (
     require_room,
     stop_token_ids,
 )
+from rso.decoding.vllm_sampler import Sampler
 from rso.errors import UserError, first_sentence
 from rso.gpus import claim_gpu
 
+# The engine core in this process: a child would outlive a killed stage, and have neither the random
+# state that `decode` seeds nor our sampler.
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 ENVIRONMENT = {
-    # the engine core in this process: a child would outlive a killed stage, and would not share
-    # the random state that `decode` seeds
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # the other stages and torch share these cores, so threads are not pinned to any
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # no report of use to anybody, no attempt to reach a network
@@ -70,6 +71,9 @@ class VllmDecoder:
         self._stop_ids = stop_token_ids(models.load_generation_config(directory), self._tokenizer)
         self._lock = threading.Lock()
         self._llm, self._adapter = start(directory, dtype, max_model_len=max_model_len)
+        self._sampler = Sampler()
+        if is_on_cpu():
+            self._sampler.install(self._llm)
 
     @property
     def context_length(self) -> int:
@@ -95,6 +99,7 @@ class VllmDecoder:
         with self._lock:
             # what an earlier call cached would change how prefills are batched, and so rounding
             self._llm.reset_prefix_cache()
+            self._sampler.sampling = sampling
             torch.manual_seed(seeds.key("decode", seed, *(r.prompt_id for r in requests)))
             prompts = [request.token_ids for request in requests]
             for number, outputs in run(self._llm, prompts, parameters, self._adapter):
@@ -102,7 +107,7 @@ class VllmDecoder:
                 if progress is not None:
                     progress(sampling.num_samples)
         return [
-            _responses(request, finished[number], endings) * num_repeats
+            _responses(request, finished[number], endings, sampling) * num_repeats
             for request, number in zip(requests, sorted(finished), strict=True)
         ]
 
@@ -121,8 +126,8 @@ class VllmDecoder:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             max_tokens=sampling.max_new_tokens,
-            # 0: of the chosen token alone
-            logprobs=0 if sampling.logprobs else None,
+            # of the chosen token alone; asked always, as they show a broken model
+            logprobs=0,
             stop_token_ids=sorted(self._stop_ids),
             ignore_eos=True,
             # only stop texts need vLLM to write text
@@ -131,21 +136,34 @@ class VllmDecoder:
         )
 
 
-def _responses(request: Request, outputs: Sequence[Any], endings: Endings) -> list[Decoded]:
+def _responses(
+    request: Request, outputs: Sequence[Any], endings: Endings, sampling: Sampling
+) -> list[Decoded]:
     """The samples of one prompt in their order."""
     samples = sorted(outputs, key=lambda sample: sample.index)
-    if not all(math.isfinite(sample.cumulative_logprob or 0.0) for sample in samples):
+    if not all(math.isfinite(sample.cumulative_logprob) for sample in samples):
         raise UserError(
             f"the model gave log-probabilities that are not finite for prompt {request.prompt_id}; "
             "check the model's weights, or decode with compute.dtype=float32."
         )
-    return [endings.finish(list(s.token_ids), s.cumulative_logprob) for s in samples]
+    return [
+        endings.finish(list(s.token_ids), s.cumulative_logprob if sampling.logprobs else None)
+        for s in samples
+    ]
 
 
 def set_environment() -> None:
-    """Set `ENVIRONMENT`, which vLLM reads when it is imported; what the user has set stays."""
+    """Set what vLLM reads when it is imported; what the user has set of `ENVIRONMENT` stays."""
+    os.environ.update(IN_PROCESS)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def is_on_cpu() -> bool:
+    """Return whether this vLLM computes on a CPU."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def start(
@@ -154,7 +172,7 @@ def start(
     """Return vLLM's engine with a model directory, and what its requests name as their adapter.
 
     Adapters are not merged: the engine holds their base, and computes their part beside it. What
-    the user has set in the environment stays. `setting` is where the engine is chosen.
+    the user has set of `ENVIRONMENT` stays. `setting` is where the engine is chosen.
 
     Raises:
         UserError: vLLM cannot start with the model; the cause, and the engine to use instead.
@@ -185,7 +203,6 @@ def start(
     try:
         from vllm import LLM
         from vllm.lora.request import LoRARequest
-        from vllm.platforms import current_platform
 
         llm = LLM(
             model=base or directory,
@@ -194,7 +211,7 @@ def start(
             # stop tokens are given, defaults are not taken from files
             generation_config="vllm",
             disable_log_stats=True,
-            **(CPU_OPTIONS if current_platform.is_cpu() else GPU_OPTIONS),
+            **(CPU_OPTIONS if is_on_cpu() else GPU_OPTIONS),
             **options,
         )
         if base is None:
