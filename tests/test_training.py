@@ -438,6 +438,7 @@ test_training.run_sft({base!r}, Path({directory!r}), **test_training.INTERRUPTED
 """
 
 
+@pytest.mark.slow
 def test_training_killed_while_saving_goes_on_to_the_same_weights(
     tiny_llama_dir: str, tmp_path: Path
 ) -> None:

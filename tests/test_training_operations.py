@@ -159,6 +159,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving_says_so_and_keeps_the_earlier_checkpoint(
     tiny_llama_dir: str, tmp_path: Path
 ) -> None:
