@@ -36,7 +36,7 @@ demo: $(READY) $(DATA)  ## run configs/quickstart.yaml from raw text to an evalu
 test: $(READY)  ## tests that fit in ten minutes, without network
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(READY)  ## kills, real servers, end-to-end runs: at most forty minutes
+test-slow: $(READY)  ## kills, real servers, several processes, end-to-end runs: at most forty minutes
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --timeout 1500
 
 check: $(READY)  ## lint, format, types, import layers, pins

@@ -160,13 +160,16 @@ def plain_decode(
     return responses
 
 
+@pytest.mark.parametrize("filters", [(1.0, 0, 1.0), (0.4, 5, 0.9)])
 def test_decode_any_engine_gives_each_request_its_samples_in_order(
     decoder: Decoder,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: list[Request],
+    filters: tuple[float, int, float],
 ) -> None:
-    sampling = Sampling(1.0, 0, 1.0, max_new_tokens=12, num_samples=3, logprobs=True)
+    """Log-probs are those of the model itself, untempered and of the whole vocabulary."""
+    sampling = Sampling(*filters, max_new_tokens=12, num_samples=3, logprobs=True)
     reported: list[int] = []
     decoded = decoder.decode(requests, sampling, seed=0, progress=reported.append)
     assert [len(of_prompt) for of_prompt in decoded] == [3] * len(requests)

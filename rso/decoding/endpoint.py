@@ -153,7 +153,7 @@ async def send(
     if status >= 300:
         said = _message(response)
         hint = f" Set ${API_KEY} to its key." if status in (401, 403) else ""
-        if "not JSON compliant" in said:
+        if status == 400 and "not JSON compliant" in said:
             # vLLM's words where an answer would hold NaN
             hint = f" {NOT_FINITE}"
         raise UserError(f"{url} refused {what} with HTTP {status}: {said}.{hint}")

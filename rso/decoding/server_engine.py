@@ -102,8 +102,8 @@ class ServerDecoder:
     """A `Decoder` over one or several servers of one model.
 
     Raises `UserError` where no endpoint is given, where one serves another model or gives no token
-    ids or no untempered log-probabilities, where one refuses a request, and where all stay away
-    longer than `Servers.patience`.
+    ids or no finite and untempered log-probabilities, where one refuses a request, and where all
+    stay away longer than `Servers.patience`.
     """
 
     def __init__(

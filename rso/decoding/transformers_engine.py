@@ -4,7 +4,7 @@ Prompts are decoded in *waves* of similar length: each prompt is computed once, 
 its keys in place, decoder-only models by `causal`, T5 by `encoder_decoder`. A finished sample
 leaves the batch at once.
 
-On two cores a 135M model in bfloat16 gave 1,037 tokens/s, 64 samples of 64 tokens at prompts of 256
+On two cores a 135M model in bfloat16 gave 1,006 tokens/s, 64 samples of 64 tokens at prompts of 256
 (`generate`: 141); docs/decoding.md has the whole table.
 
 Samples are keyed: sample i of a prompt depends on (seed, prompt_id, i), the tokens and the model

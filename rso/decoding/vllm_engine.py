@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
@@ -28,13 +29,14 @@ from rso.decoding import (
     require_room,
     stop_token_ids,
 )
-from rso.decoding.vllm_sampler import Sampler
+from rso.decoding.vllm_sampler import TopKSampler
 from rso.errors import UserError, first_sentence
 from rso.gpus import claim_gpu
 
 # The engine core in this process: a child would outlive a killed stage, and have neither the random
-# state that `decode` seeds nor our sampler.
+# state that `decode` seeds nor our sampler. On a CPU its first model runner, whose sampler that is.
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+FIRST_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 ENVIRONMENT = {
     # the other stages and torch share these cores, so threads are not pinned to any
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -49,7 +51,7 @@ ENVIRONMENT = {
 # compiled it decoded 1.03 times as fast (median of four pairs of turns). Of a prompt only whole
 # blocks are shared by its samples, and every sample computes the rest anew: with blocks of 128
 # tokens, the default, 64 samples of 64 tokens at a prompt of 256 came at 390-460 tokens/s, with 32,
-# the least, at 650-800.
+# the least, at 650-800 (both by vLLM's sampler).
 CPU_OPTIONS = {
     "kv_cache_memory_bytes": 2 << 30,
     "enforce_eager": True,
@@ -71,9 +73,7 @@ class VllmDecoder:
         self._stop_ids = stop_token_ids(models.load_generation_config(directory), self._tokenizer)
         self._lock = threading.Lock()
         self._llm, self._adapter = start(directory, dtype, max_model_len=max_model_len)
-        self._sampler = Sampler()
-        if is_on_cpu():
-            self._sampler.install(self._llm)
+        self._sampler = TopKSampler(self._llm) if is_on_cpu() else None
 
     @property
     def context_length(self) -> int:
@@ -99,8 +99,12 @@ class VllmDecoder:
         with self._lock:
             # what an earlier call cached would change how prefills are batched, and so rounding
             self._llm.reset_prefix_cache()
-            self._sampler.sampling = sampling
-            torch.manual_seed(seeds.key("decode", seed, *(r.prompt_id for r in requests)))
+            if self._sampler is not None:
+                self._sampler.sampling = sampling
+            key = seeds.key("decode", seed, *(r.prompt_id for r in requests))
+            torch.manual_seed(key)
+            # from which vLLM's second model runner, that of GPUs, draws its requests' seeds
+            np.random.seed(key % 2**32)
             prompts = [request.token_ids for request in requests]
             for number, outputs in run(self._llm, prompts, parameters, self._adapter):
                 finished[number] = outputs
@@ -154,7 +158,7 @@ def _responses(
 
 def set_environment() -> None:
     """Set what vLLM reads when it is imported; what the user has set of `ENVIRONMENT` stays."""
-    os.environ.update(IN_PROCESS)
+    os.environ.update(IN_PROCESS if torch.version.cuda else IN_PROCESS | FIRST_RUNNER)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 

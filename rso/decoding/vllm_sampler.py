@@ -8,31 +8,29 @@ logits and a top-k of 40 it took 98 ms on two cores, and 600 with a top-p, where
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rso.decoding import Sampling, draws
 
 
-class Sampler(nn.Module):
-    """Draws a token for each row by `draws`, with torch's own generator.
+class TopKSampler:
+    """Draws a token for each row by `draws` where there is a top-k, or greedily; else by vLLM's.
 
-    `sampling` is that of all rows: an engine's call has one, and none of vLLM's other options.
+    `sampling` is that of all rows: an engine's call has one, and none of vLLM's other options. What
+    is drawn comes from torch's own generator.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, llm: Any) -> None:
+        """Take the place of the sampler of a `vllm.LLM` whose worker is in this process."""
         self.sampling: Sampling | None = None
         self._theirs: Any = None
-
-    def install(self, llm: Any) -> None:
-        """Take the place of the sampler of a `vllm.LLM` whose worker is in this process."""
 
         def replace(worker: Any) -> None:
             self._theirs, worker.model_runner.sampler = worker.model_runner.sampler, self
 
         llm.collective_rpc(replace)
 
-    def forward(self, logits: Tensor, sampling_metadata: Any) -> Any:
+    def __call__(self, logits: Tensor, sampling_metadata: Any) -> Any:
         """Return vLLM's `SamplerOutput` for logits [row, vocabulary]."""
         from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
