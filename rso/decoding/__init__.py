@@ -189,6 +189,14 @@ def num_drawn(sampling: Sampling) -> int:
     return 1 if sampling.temperature == 0 else sampling.num_samples
 
 
+def not_finite(what: str, prompt_id: str) -> UserError:
+    """Return the error of an engine in this process whose model gave NaN or infinite values."""
+    return UserError(
+        f"the model gave {what} that are not finite for prompt {prompt_id}; check the model's "
+        "weights, or decode with compute.dtype=float32."
+    )
+
+
 def resolve_engine(engine: str) -> str:
     """Return the engine that `engine` means here; `auto` is vllm if installed, else transformers.
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from rso import seeds
-from rso.decoding import Sampling
-from rso.errors import UserError
+from rso.decoding import Sampling, not_finite
 
 # Rows of the layout in which `top_logits` looks for columns.
 BLOCK = 32
@@ -108,11 +107,7 @@ def check_finite(logits: Tensor, prompts: Tensor, prompt_ids: Sequence[str]) -> 
     is_finite = logits.amax(-1).isfinite()
     if not bool(is_finite.all()):
         row = int(is_finite.logical_not().nonzero()[0, 0])
-        raise UserError(
-            "the model gave logits that are not finite for prompt "
-            f"{prompt_ids[int(prompts[row])]}; "
-            "check the model's weights, or decode with compute.dtype=float32."
-        )
+        raise not_finite("logits", prompt_ids[int(prompts[row])])
 
 
 def _cumulative(probabilities: Tensor) -> Tensor:

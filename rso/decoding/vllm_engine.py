@@ -25,6 +25,7 @@ from rso.decoding import (
     Progress,
     Request,
     Sampling,
+    not_finite,
     num_drawn,
     require_room,
     stop_token_ids,
@@ -146,10 +147,7 @@ def _responses(
     """The samples of one prompt in their order."""
     samples = sorted(outputs, key=lambda sample: sample.index)
     if not all(math.isfinite(sample.cumulative_logprob) for sample in samples):
-        raise UserError(
-            f"the model gave log-probabilities that are not finite for prompt {request.prompt_id}; "
-            "check the model's weights, or decode with compute.dtype=float32."
-        )
+        raise not_finite("log-probabilities", request.prompt_id)
     return [
         endings.finish(list(s.token_ids), s.cumulative_logprob if sampling.logprobs else None)
         for s in samples
