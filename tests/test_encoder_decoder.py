@@ -302,7 +302,7 @@ def test_policy_starts_as_the_reference_and_raises_its_margin(t5: Family, tmp_pa
 
 
 def test_ranker_learns_a_planted_preference_and_scores_with_it(t5: Family, tmp_path: Path) -> None:
-    # At a rate at which five seeds gave 1.0; other machines round otherwise, hence the room.
+    # Five seeds on each of three kinds of CPU gave 0.92 to 1.0; another one is given room.
     result = run_ranker(t5, tmp_path, epochs=16, batch_size=6, learning_rate=1e-3)
     assert result.held_out.accuracy.value >= 0.75
     ranker = load_ranker(str(tmp_path / "model"), t5.templates, dtype="float32", token_budget=256)
