@@ -57,11 +57,25 @@ def test_summary_quality_degenerate_text_scores_below_a_good_line(degenerate: st
         ("variety", GOOD, "Close the server and the server and the server and the server."),
         ("form", GOOD, GOOD.lower()),
         ("wording", GOOD, "The call blocks until the data has arrived or the timeout has passed."),
+        ("particular", GOOD, "Return the result of the call with the data that was passed."),
     ],
 )
 def test_quality_terms_each_answers_to_its_own_fault(term: str, better: str, worse: str) -> None:
     terms = [labelling.quality_terms(PROMPT, text) for text in (better, worse)]
     assert getattr(terms[0], term) > getattr(terms[1], term)
+
+
+def test_summary_quality_opening_that_fits_every_prompt_costs_points() -> None:
+    particular = "Close the server connection after the last reader."
+    collapsed = "Return the server connection of the last reader."
+    assert summary_quality(PROMPT, particular) > summary_quality(PROMPT, collapsed) + 0.5
+
+
+def test_summary_quality_particular_words_are_counted_without_endings() -> None:
+    share = labelling._particular
+    assert share([]) == 0.0
+    assert share([labelling._stem(word) for word in ("returns", "returned", "values")]) == 0.0
+    assert share([labelling._stem(word) for word in ("returns", "sockets")]) == 0.5
 
 
 def test_summary_quality_one_more_word_changes_little() -> None:
