@@ -161,7 +161,13 @@ def ours(arguments: argparse.Namespace) -> Any:
         device=arguments.device,
         attention=settings.attention,
     )
-    return ranker.rewards_many
+
+    def score(items: list[Any]) -> list[Any]:
+        # The one order that `padded` computes.
+        found = ranker.rewards_many(items, orders="baseline-first")
+        return [rewards.values for rewards in found]
+
+    return score
 
 
 def padded(arguments: argparse.Namespace) -> Any:

@@ -14,6 +14,7 @@ from pipelines.tables import select_ids, table_of
 from rso import ids, seeds
 from rso.decoding import Decoded
 from rso.labelling import label, labeller
+from rso.templates import judged_text
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ class CompareShard:
     def _comparisons(
         self, prompt: Mapping[str, Any], responses: Sequence[Decoded], counts: Counter[str]
     ) -> Iterator[dict[str, Any]]:
-        first: dict[str, int] = {}
+        distinct: dict[str, int] = {}
         for index, response in enumerate(responses):
-            first.setdefault(response.text, index)
+            distinct.setdefault(judged_text(self.decoding.templates, response.text), index)
+        first = {responses[index].text: index for index in distinct.values()}
         if len(first) < 2:
             counts["single"] += 1
         pairs = list(combinations(first, 2))

@@ -13,7 +13,8 @@ from pipelines.tables import by_prompt, require_same_ids, table_of
 from rso import config, ids, seeds
 from rso.objectives import weighted_sum
 from rso.progress import progress
-from rso.ranking import Candidates, Comparison, Float32, Ranker, WeightedRanker, load_ranker
+from rso.ranking import Candidates, Comparison, Ranker, Rewards, WeightedRanker, load_ranker
+from rso.templates import judged_text
 from schemas import SCHEMAS
 
 
@@ -73,15 +74,18 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoreShard:
-    """Candidates to `rewards`: baseline in slot A, candidate in slot B, logit_B - logit_A.
+    """Candidates to `rewards`, each against its prompt's baseline in one order or in both.
 
     Beside them `checks`: both orders of the held-out comparisons, and of one pair of baseline and
-    candidate, drawn by key, for each prompt in `flipped`.
+    candidate, drawn by key, for each prompt in `flipped`. `tokens_prefilled` counts what the
+    rewards cost, without the checks.
     """
 
     ranker: RankerSource
     flipped: frozenset[str]
     seed: int
+    orders: config.RewardOrders
+    templates: config.Templates
 
     def setup(self) -> Ranker:
         """Load the ranker."""
@@ -91,8 +95,12 @@ class ScoreShard:
         """Return rewards and checks of the shard; every prompt has exactly one baseline."""
         candidates = tables["candidates"]
         scored = _scored(tables)
-        with progress("score", total=len(candidates), unit="responses") as bar:
-            rewards = ranker.rewards_many([one.texts for one in scored], progress=bar)
+        num_orders = 2 if self.orders == "both" else 1
+        with progress("score", total=num_orders * len(candidates), unit="comparisons") as bar:
+            found = ranker.rewards_many(
+                [one.texts for one in scored], progress=bar, orders=self.orders
+            )
+        rewards = [one.values for one in found]
         flat = np.concatenate([*rewards, np.empty(0, np.float32)]).astype(np.float32)
         baseline_ids = [one.baseline_id for one in scored for _ in one.response_ids]
         table = pa.Table.from_arrays(
@@ -105,14 +113,15 @@ class ScoreShard:
             ],
             schema=SCHEMAS["rewards"],
         )
-        checks = self._flips(ranker, scored, rewards) + _held_out(ranker, tables["comparisons"])
-        distinct = sum(len(set(one.texts.responses)) for one in scored)
+        checks = self._flips(ranker, scored, found) + _held_out(ranker, tables["comparisons"])
+        distinct = sum(len(set(map(self._judged, one.texts.responses))) for one in scored)
         return Shard(
             {"rewards": table, "checks": table_of("checks", checks)},
             {
                 "prompts": len(scored),
                 "responses": len(candidates),
                 "scored_once_for_copies": len(candidates) - distinct,
+                "tokens_prefilled": sum(one.num_tokens for one in found),
                 "contexts_cut": ranker.count_cut([one.texts.prompt for one in scored]),
                 "reward_sum": float(flat.astype(np.float64).sum()),
                 "reward_spread_sum": float(sum(np.std(r.astype(np.float64)) for r in rewards)),
@@ -121,22 +130,23 @@ class ScoreShard:
         )
 
     def _flips(
-        self, ranker: Ranker, scored: Sequence[Scored], rewards: Sequence[Float32]
+        self, ranker: Ranker, scored: Sequence[Scored], rewards: Sequence[Rewards]
     ) -> list[Row]:
-        """A reward is the order with the baseline first, negated; only the other is computed.
+        """Rewards know the order with the baseline first; the other is asked where they do not.
 
         A prompt whose candidates all have the text of the baseline has no pair.
         """
         pairs = [
-            (one, other, float(found[other]))
+            (one, found, other)
             for one, found in zip(scored, rewards, strict=True)
             if one.prompt_id in self.flipped
             for other in self._draw(one)
         ]
-        backward = ranker.compare(
+        known = [found.backward[other] for _, found, other in pairs if found.backward is not None]
+        backward = known or ranker.compare(
             [
                 Comparison(one.texts.prompt, one.texts.responses[other], one.texts.baseline)
-                for one, other, _ in pairs
+                for one, _, other in pairs
             ]
         )
         return [
@@ -148,19 +158,23 @@ class ScoreShard:
                 "origin": CANDIDATES,
                 "first_id": one.baseline_id,
                 "second_id": one.response_ids[other],
-                "forward": -reward,
+                "forward": float(found.forward[other]),
                 "backward": float(z),
             }
-            for (one, other, reward), z in zip(pairs, backward, strict=True)
+            for (one, found, other), z in zip(pairs, backward, strict=True)
         ]
 
     def _draw(self, one: Scored) -> list[int]:
         """Return which candidate is flipped, or none; drawn among those with another text."""
-        others = [i for i, text in enumerate(one.texts.responses) if text != one.texts.baseline]
+        baseline = self._judged(one.texts.baseline)
+        others = [i for i, text in enumerate(one.texts.responses) if self._judged(text) != baseline]
         order = seeds.order(
             [one.response_ids[i] for i in others], "flipped", self.seed, one.prompt_id
         )
         return [others[int(i)] for i in order[:1]]
+
+    def _judged(self, text: str) -> str:
+        return judged_text(self.templates, text)
 
 
 def _scored(tables: Mapping[str, pa.Table]) -> list[Scored]:
@@ -206,7 +220,8 @@ def scored_by(name: str) -> str:
 class CombineShard:
     """`rewards` and `checks` by each objective to those of the run: sums with `factors`, by name.
 
-    Both are linear in the rankers' logits, so no ranker is asked again.
+    Both are linear in the rankers' logits, so no ranker is asked again. `reward_spread_sum` is that
+    of the sums.
     """
 
     factors: Mapping[str, float]
@@ -231,18 +246,21 @@ class CombineShard:
             pa.array(list(self.factors) * size, pa.string()),
             pa.array(np.stack(values, axis=1).ravel(), pa.float32()),
         )
+        combined = _replaced(rewards[0], reward=self._sum(rewards, "reward"), objectives=by_name)
+        spreads = [
+            np.std(group["reward"].to_numpy().astype(np.float64))
+            for _, group in by_prompt(combined)
+        ]
         return Shard(
             {
-                "rewards": _replaced(
-                    rewards[0], reward=self._sum(rewards, "reward"), objectives=by_name
-                ),
+                "rewards": combined,
                 "checks": _replaced(
                     checks[0],
                     forward=self._sum(checks, "forward"),
                     backward=self._sum(checks, "backward"),
                 ),
             },
-            {},
+            {"reward_spread_sum": float(sum(spreads))},
         )
 
     def _sum(self, tables: Sequence[pa.Table], column: str) -> pa.Array:

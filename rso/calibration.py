@@ -6,7 +6,7 @@ own preference with probability sigmoid(|z|).
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +19,7 @@ Floats = npt.NDArray[np.float64]
 
 # Fewer than so many comparisons tell nothing of a bin.
 _LEAST_IN_A_BIN = 12
+_MOST_VERDICTS_FLIPPED = 1 / 3
 _MOST_BINS_OF_MARGIN, _MOST_BINS_OF_LENGTH = 10, 4
 
 
@@ -102,7 +103,7 @@ def judge(margins: Values, excess: Sequence[int]) -> HeldOut:
     `excess` [comparison] is how many characters the chosen text has more than the rejected one.
     """
     z = np.asarray(margins, dtype=np.float64)
-    hits = np.where(z == 0, 0.5, z > 0)
+    hits = _hits(z)
     longer = np.asarray(excess)
     sure = _sigmoid(np.abs(z))
     by_margin = _bins(np.abs(z).tolist(), hits, sure, _MOST_BINS_OF_MARGIN)
@@ -142,6 +143,50 @@ class PositionalBias:
         }
 
 
+@dataclass(frozen=True)
+class EachOrder:
+    """A ranker on held-out comparisons in each order alone, and what the slot is worth to it.
+
+    `chosen_first` and `chosen_second` are its accuracy with the chosen response in slot A and in
+    slot B; a logit of exactly zero counts one half. `bias` is the mean of (z_AB + z_BA) / 2, nats,
+    positive when slot A is favoured; `spread` is its standard deviation over comparisons.
+    """
+
+    chosen_first: Interval
+    chosen_second: Interval
+    bias: float
+    spread: float
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The same as counters of a manifest."""
+        return {
+            "positional_bias": self.bias,
+            "positional_bias_spread": self.spread,
+            **_with_edges(
+                {
+                    "accuracy_chosen_first": self.chosen_first,
+                    "accuracy_chosen_second": self.chosen_second,
+                }
+            ),
+        }
+
+
+def in_each_order(forward: Values, backward: Values) -> EachOrder:
+    """Accuracy in each order, from z_AB and z_BA [comparison], at least one.
+
+    Each is logit_A - logit_B: `forward` with the chosen response in slot A, `backward` in slot B.
+    """
+    z_ab, z_ba = (np.asarray(z, dtype=np.float64) for z in (forward, backward))
+    bias = (z_ab + z_ba) / 2
+    return EachOrder(
+        chosen_first=wilson(float(_hits(z_ab).sum()), len(z_ab)),
+        chosen_second=wilson(float(_hits(-z_ba).sum()), len(z_ba)),
+        bias=float(bias.mean()),
+        spread=float(bias.std()),
+    )
+
+
 def positional_bias(forward: Values, backward: Values, *, seed: int) -> PositionalBias:
     """What the slot is worth, from z_AB and z_BA [pair], each logit_A - logit_B, at least one.
 
@@ -153,6 +198,27 @@ def positional_bias(forward: Values, backward: Values, *, seed: int) -> Position
         mean=bootstrap_mean(bias, seed=seed),
         spread=float(bias.std()),
         flips=wilson(int((z_ab * z_ba > 0).sum()), len(bias)),
+    )
+
+
+def bias_advice(counters: Mapping[str, float]) -> str | None:
+    """What to say of a ranker with these counters of `score`; None where nothing is wrong.
+
+    Something is wrong when the positional bias varies more from pair to pair than rewards do
+    within a prompt, or when the order decides more than a third of the verdicts.
+    """
+    spread, flips = counters.get("positional_bias_spread"), counters.get("verdicts_flipped")
+    if spread is None or flips is None:
+        return None
+    reward_spread = counters["reward_spread_sum"] / counters["prompts"]
+    if spread <= reward_spread and flips <= _MOST_VERDICTS_FLIPPED:
+        return None
+    return (
+        f"score: on {counters['flipped_pairs']:.0f} pairs in both orders, the positional bias has "
+        f"a spread of {spread:.2f}, rewards within a prompt have one of {reward_spread:.2f}, and "
+        f"in {flips:.0%} of the pairs the order decides who wins. One order of this ranker says "
+        "little. Take rewards in both orders (score.orders: both). For a smaller bias, train the "
+        "ranker with train_ranker.orders: mean or with a train_ranker.bias_penalty above 0."
     )
 
 
@@ -197,6 +263,10 @@ def _calibration_error_by_chance(bins: Sequence[Bin], sure: Floats) -> float:
     ends = np.cumsum([b.accuracy.n for b in bins])
     variances = [float((part * (1 - part)).sum()) for part in np.split(sure, ends[:-1])]
     return float(np.sqrt(2 / np.pi * np.array(variances)).sum() / len(sure))
+
+
+def _hits(z: Floats) -> Floats:
+    return np.where(z == 0, 0.5, z > 0)
 
 
 def _sigmoid(z: Floats) -> Floats:

@@ -9,15 +9,24 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from rso.errors import UserError
 
 IDENTITY = "identity"
 RUNTIME: dict[str, Any] = {IDENTITY: False}
+
+CPUINFO = Path("/proc/cpuinfo")
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -284,10 +293,39 @@ class TrainRanker(Optimisation):
         None,
         description="Stop after so many evaluations without a better one; null never stops early.",
     )
-    orders: Literal["both", "flip"] = Field(
-        "both",
-        description="Both orders of every pair in the loss, or one keyed random order.",
+    orders: Literal["margin", "mean", "flip"] = Field(
+        "mean",
+        description="What a comparison adds to the loss. mean: the mean of the losses of both "
+        "orders. margin: the loss of the margin averaged over both orders, which does not see the "
+        "positional bias. flip: the loss of one keyed random order.",
     )
+    bias_penalty: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Adds this times ((z_AB + z_BA) / 2)² to the loss of a comparison, nats. Not "
+        "for orders: flip.",
+    )
+
+    @field_validator("orders", mode="before")
+    @classmethod
+    def _both_is_two_losses(cls, orders: Any) -> Any:
+        if orders == "both":
+            raise ValueError(
+                "found both, expected margin, mean or flip: margin is the loss of the margin "
+                "averaged over both orders, mean is the mean of the losses of both orders"
+            )
+        return orders
+
+    @model_validator(mode="after")
+    def _penalty_has_both_orders(self) -> "TrainRanker":
+        if self.bias_penalty and self.orders == "flip":
+            raise ValueError(
+                f"bias_penalty is {self.bias_penalty} and orders is flip; the positional bias of "
+                "a comparison is known from both orders only: set orders to mean or margin, or "
+                "bias_penalty to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _patience_has_evaluations(self) -> "TrainRanker":
@@ -300,7 +338,7 @@ class TrainRanker(Optimisation):
 
 
 class TrainGoldRanker(TrainRanker):
-    """Training of the gold ranker, on prompts that the ranker has not seen."""
+    """Training of the gold ranker, on prompts that the ranker has not seen; null: there is none."""
 
     folds: tuple[int, ...] = Field((1,), description="Prompt folds whose comparisons are used.")
 
@@ -341,6 +379,9 @@ class Objective(Section):
     )
 
 
+RewardOrders = Literal["both", "baseline-first"]
+
+
 class Score(Section):
     """Rewards of candidates against a baseline."""
 
@@ -353,6 +394,11 @@ class Score(Section):
         False,
         description="Divide each objective by the spread of its rewards within prompts first; "
         "`reject.beta` is then in such units.",
+    )
+    orders: RewardOrders = Field(
+        "both",
+        description="both: a reward is the mean of both orders, so the positional bias cancels. "
+        "baseline-first: only with the baseline in slot A, fewer than half the tokens.",
     )
 
     @property
@@ -379,22 +425,26 @@ class Score(Section):
 class Reject(Section):
     """Statistical rejection sampling (algorithm 1)."""
 
-    beta: float = Field(0.5, ge=0, description="Sampling temperature; 0 best-of-N, .inf uniform.")
+    beta: float = Field(
+        0.5,
+        ge=0,
+        description="Sampling temperature in `beta_unit`; 0 best-of-N, .inf uniform.",
+    )
     betas: tuple[Annotated[float, Field(ge=0)], ...] = Field(
         (),
         description="Other β to try and report on: acceptance, gain in reward, KL. The artifact "
         "is sampled at `beta`.",
+    )
+    beta_unit: Literal["nats", "spread"] = Field(
+        "nats",
+        description="Unit of `beta` and `betas`. spread: the median over prompts of the standard "
+        "deviation of the rewards within a prompt.",
     )
     num_samples: Count = Field(8, description="Candidates to accept a prompt.")
     duplicates: Literal["keep", "collapse"] = Field(
         "keep",
         description="keep: proposal mass of repeated texts counts; collapse: the listing.",
     )
-
-    @property
-    def all_betas(self) -> list[float]:
-        """Every β to try, ascending: 0, which gains most, `beta` and `betas`."""
-        return sorted({0.0, self.beta, *self.betas})
 
 
 class Pair(Section):
@@ -445,6 +495,16 @@ class Logps(Section):
     """Reference log-probabilities."""
 
 
+class Choice(Section):
+    """How the checkpoint of the policy is chosen."""
+
+    against: Literal["target", "reference"] = Field(
+        "target",
+        description="Whose answers those of a checkpoint are compared with: the human `target`, or "
+        "the greedy answer of the SFT policy, which needs no target.",
+    )
+
+
 class TrainPolicy(Optimisation):
     """Preference optimisation of the policy."""
 
@@ -477,6 +537,7 @@ class TrainPolicy(Optimisation):
         0.0, ge=0, lt=0.5, description="Share of labels taken to be wrong (conservative DPO)."
     )
     num_evaluations: Count = Field(1, description="Checkpoints compared, evenly spaced.")
+    selection: Choice = Field(default_factory=Choice, description="Choice of the checkpoint.")
     num_validation_prompts: Count = Field(64, description="Prompts of a checkpoint comparison.")
     max_new_tokens: Count = Field(128, description="Longest validation answer.")
     step_zero_tolerance: float = Field(
@@ -501,6 +562,14 @@ class TrainPolicy(Optimisation):
         return self
 
 
+class AnswerSampling(Section):
+    """How sampled answers are drawn; the longest one is `evaluate.max_new_tokens`."""
+
+    temperature: float = Field(0.7, gt=0, description="Divides the logits.")
+    top_k: int = Field(40, ge=0, description="Keep the k most likely tokens; 0 keeps all.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; 1 keeps all.")
+
+
 class Evaluate(Section):
     """Win rates on held-out prompts."""
 
@@ -508,6 +577,11 @@ class Evaluate(Section):
     num_prompts: Count | None = Field(None, description="At most so many; null for all.")
     engine: Engine = Field("transformers", description="Decoding engine.")
     max_new_tokens: Count = Field(128, description="Longest answer.")
+    sampling: AnswerSampling | None = Field(
+        default_factory=AnswerSampling,
+        description="Judge one sampled answer of each system too, beside the greedy one, to every "
+        "prompt; null judges greedy answers alone.",
+    )
     num_kl_prompts: int = Field(
         64, ge=0, description="Prompts with one untruncated sample of the policy, for the KL."
     )
@@ -567,8 +641,8 @@ class Config(Section):
     train_sft: TrainSft = Field(default_factory=TrainSft, description="Reference policy.")
     comparisons: Comparisons = Field(default_factory=Comparisons, description="Comparisons.")
     train_ranker: TrainRanker = Field(default_factory=TrainRanker, description="Ranker.")
-    train_gold_ranker: TrainGoldRanker = Field(
-        default_factory=TrainGoldRanker, description="Gold ranker."
+    train_gold_ranker: TrainGoldRanker | None = Field(
+        default_factory=TrainGoldRanker, description="Gold ranker; null judges without one."
     )
     decode: Decode = Field(default_factory=Decode, description="Candidates.")
     score: Score = Field(default_factory=Score, description="Rewards.")
@@ -669,12 +743,26 @@ def has_gpu() -> bool:
     return not is_hidden and any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-def _computes_bfloat16() -> bool:
+def dtype_reason(compute: Compute) -> str:
+    """Return why models are held in the dtype that `resolve` chooses for these settings."""
+    if compute.dtype == "bfloat16" and not _computes_bfloat16():
+        return "compute.dtype says so; this CPU has no bfloat16 and emulates it slowly"
+    if compute.dtype != "auto":
+        return "compute.dtype says so"
     if has_gpu():
-        return True
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+        return "the GPU computes in it"
+    flag = _bfloat16_flag()
+    return f"this CPU computes in it ({flag})" if flag else "this CPU has no bfloat16"
+
+
+def _computes_bfloat16() -> bool:
+    return has_gpu() or _bfloat16_flag() is not None
+
+
+def _bfloat16_flag() -> str | None:
+    """Return the CPU's instruction set for bfloat16 as /proc/cpuinfo names it, None without one."""
+    flags = CPUINFO.read_text() if CPUINFO.exists() else ""
+    return next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags), None)
 
 
 def _plain(value: Any) -> Any:
@@ -732,6 +820,7 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
         if isinstance(part, int):
             continue
         section = section.model_fields[part].annotation
-        while get_origin(section) is tuple:
+        # `Section | None` and `tuple[Section, ...]` name their section first.
+        while get_args(section):
             section = get_args(section)[0]
     return list(section.model_fields)

@@ -64,6 +64,15 @@ def encode_response(
     return [*ids, int(tokenizer.eos_token_id)] if eos else ids
 
 
+def judged_text(templates: Templates, response: str) -> str:
+    """Return a response as judges read it: without `response_prefix` and outer white space.
+
+    Decodes begin with the prefix and human texts do not, so it must not decide a comparison. Apply
+    it once: a response may itself begin with the prefix.
+    """
+    return response.removeprefix(templates.response_prefix).strip()
+
+
 @dataclass(frozen=True)
 class RankerEncoder:
     """The pieces of a ranker's input; concatenated, they are the whole input.
@@ -92,10 +101,11 @@ class RankerEncoder:
         return Context(ids[:limit], max(0, len(ids) - limit))
 
     def sides(self, slot: Literal["A", "B"], responses: Sequence[str]) -> list[list[int]]:
-        """Return the ids of responses in their slot; responses are never cut."""
+        """Return the ids of responses, as `judged_text`, in their slot; they are never cut."""
         name = "ranker_a" if slot == "A" else "ranker_b"
         before, after = _frame(f"templates.{name}", getattr(self.templates, name), "response")
-        return _encode_within(self.tokenizer, before, responses, after)
+        texts = [judged_text(self.templates, response) for response in responses]
+        return _encode_within(self.tokenizer, before, texts, after)
 
     def side(self, slot: Literal["A", "B"], response: str) -> list[int]:
         """Return the ids of one response in its slot."""

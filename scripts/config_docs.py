@@ -44,13 +44,13 @@ def page() -> str:
 def _top() -> Iterator[str]:
     yield "## Top level\n"
     yield from _table(
-        {n: f for n, f in Config.model_fields.items() if not _is_section(f.annotation)}
+        {n: f for n, f in Config.model_fields.items() if _inner(f.annotation) is None}
     )
     yield "Which stages see which settings; `beam` runs them and is hidden from all:\n"
     yield "| setting | seen by |\n|---|---|"
     seen = _seen()
     for name, field in Config.model_fields.items():
-        if name in seen or _is_section(field.annotation):
+        if name in seen or _inner(field.annotation) is not None:
             yield f"| `{name}` | {', '.join(seen.get(name, ['none']))} |"
     yield ""
 
@@ -73,15 +73,15 @@ def _seen() -> dict[str, list[str]]:
 def _sections() -> Iterator[str]:
     shown: set[type[Section]] = set()
     for field in Config.model_fields.values():
-        section = field.annotation
-        if not _is_section(section) or section in shown:
+        section = _inner(field.annotation)
+        if section is None or section in shown:
             continue
         if issubclass(section, Optimisation) and Optimisation not in shown:
             shown.add(Optimisation)
             yield f"## Trainers\n\n{SHARED}.\n"
             yield from _table(Optimisation.model_fields)
         shown.add(section)
-        same = [n for n, f in Config.model_fields.items() if f.annotation is section]
+        same = [n for n, f in Config.model_fields.items() if _inner(f.annotation) is section]
         yield f"## {', '.join(same)}\n\n{_sentence(section)}\n"
         yield from _own(section, shown, is_runtime=not is_identity(field))
 
@@ -108,7 +108,7 @@ def _places(inner: type[Section]) -> list[str]:
     return [
         f"{name}.{inner_name}"
         for name, field in Config.model_fields.items()
-        if isinstance(section := field.annotation, type) and issubclass(section, Section)
+        if (section := _inner(field.annotation)) is not None
         for inner_name, inner_field in section.model_fields.items()
         if _inner(inner_field.annotation) is inner
     ]
@@ -173,8 +173,8 @@ def _type(annotation: Any) -> str:
 
 
 def _inner(annotation: Any) -> type[Section] | None:
-    """Return the section that a setting is, or is a list of."""
-    if get_origin(annotation) is tuple:
+    """Return the section that a setting is, may be, or is a list of."""
+    if get_origin(annotation) in (tuple, Union, types.UnionType):
         annotation = get_args(annotation)[0]
     return annotation if _is_section(annotation) else None
 

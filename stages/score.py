@@ -1,7 +1,7 @@
 """Candidates to rewards by the ranker, or several, against each prompt's baseline (eq. 7).
 
 And how far that ranker can be believed: right and as sure as it is right on held-out comparisons,
-fair to both slots on flipped pairs of candidates.
+fair to both slots on pairs of a baseline and a candidate in both orders.
 """
 
 import logging
@@ -14,7 +14,7 @@ from pipelines.score import CANDIDATES, HELD_OUT, CombineShard, ScoreShard, scor
 from pipelines.shards import Counters
 from pipelines.tables import table_of
 from rso import seeds
-from rso.calibration import judge, positional_bias
+from rso.calibration import bias_advice, judge, positional_bias
 from rso.config import TRAINED
 from rso.fingerprint import canonical_json
 from rso.models import resolve
@@ -27,40 +27,45 @@ logger = logging.getLogger(__name__)
 
 INPUTS = ("candidates", "prompts", "comparisons")
 OUTPUTS = ("rewards", "checks")
-# So many pairs give the mean bias to a tenth of its spread over pairs, and cost little, although a
-# flipped pair shares no prefix with the scoring. No setting: the settings of `score` are those of
-# every stage that asks its rankers, so another number would train another policy.
+# This many pairs give the mean bias to a tenth of its spread over pairs. With `orders: both` they
+# cost nothing; with `baseline-first` the second order is one comparison each. No setting: the
+# settings of `score` are those of every stage that asks its rankers, so another number would train
+# another policy.
 MOST_FLIPPED = 128
 
 
 def run(context: Context) -> Outcome:
     """Score every candidate by each objective, combine them, and check what comes out."""
-    objectives = context.config.score.rankers
+    config = context.config
+    objectives = config.score.rankers
     rankers = objective_rankers(context)
     flipped = _flipped(context)
     scales = dict.fromkeys(rankers, 1.0)
-    if len(rankers) == 1 and not context.config.score.standardise:
-        (ranker,) = rankers.values()
-        shard = ScoreShard(ranker, flipped, context.config.seed)
+    shards = {
+        name: ScoreShard(ranker, flipped, config.seed, config.score.orders, config.templates)
+        for name, ranker in rankers.items()
+    }
+    if len(rankers) == 1 and not config.score.standardise:
+        (shard,) = shards.values()
         counters = context.map("score", shard, inputs=INPUTS, outputs=OUTPUTS)
     else:
         found = {
             name: context.map(
                 f"score {name}",
-                ScoreShard(ranker, flipped, context.config.seed),
+                shard,
                 inputs=INPUTS,
                 outputs=OUTPUTS,
                 scratch_output=scored_by(name),
             )
-            for name, ranker in rankers.items()
+            for name, shard in shards.items()
         }
-        if context.config.score.standardise:
+        if config.score.standardise:
             scales = {
                 name: pooled_scale(name, counters["reward_variance_sum"], counters["prompts"])
                 for name, counters in found.items()
             }
         factors = coefficients([o.weight for o in objectives], [scales[o.name] for o in objectives])
-        context.map(
+        combined = context.map(
             "combine",
             CombineShard(dict(zip(rankers, factors, strict=True))),
             inputs={"candidates": ("prompt_id", "response_id")},
@@ -69,7 +74,7 @@ def run(context: Context) -> Outcome:
             },
             outputs=OUTPUTS,
         )
-        counters = _by_objective(found)
+        counters = _by_objective(found) | combined
     total = sum(objective.weight for objective in objectives)
     rows = [
         {
@@ -87,7 +92,7 @@ def run(context: Context) -> Outcome:
 
 
 def _flipped(context: Context) -> frozenset[str]:
-    """Return the prompts of which a pair of candidates is flipped, drawn by key."""
+    """Return the prompts of which one pair is checked in both orders, drawn by key."""
     prompt_ids = pc.unique(context.table("candidates", ["prompt_id"])["prompt_id"]).to_pylist()
     order = seeds.order(prompt_ids, "flipped", context.config.seed)
     return frozenset(prompt_ids[int(i)] for i in order[:MOST_FLIPPED])
@@ -119,6 +124,9 @@ def _checked(context: Context, counters: Counters) -> Outcome:
     if len(pairs):
         forward, backward = (pairs[name].to_numpy() for name in ("forward", "backward"))
         figures |= positional_bias(forward, backward, seed=context.config.seed).figures
+    sentence = bias_advice(counters | figures)
+    if sentence is not None:
+        logger.warning("%s", sentence)
     return Outcome(counters | figures, curves)
 
 

@@ -46,6 +46,7 @@ def run(context: Context) -> Outcome:
         "contexts_cut": result.num_truncated,
         "selected_step": result.selected_step,
         **(result.held_out.figures if result.held_out is not None else {}),
+        **(result.each_order.figures if result.each_order is not None else {}),
     }
     curves = {context.stage: result.training.curve}
     if result.evaluations:

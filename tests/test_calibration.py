@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rso import length_bias
-from rso.calibration import HeldOut, judge, positional_bias
+from rso.calibration import HeldOut, bias_advice, in_each_order, judge, positional_bias
 
 MARGINS = st.lists(st.floats(-30, 30), min_size=1, max_size=80)
 
@@ -129,15 +129,76 @@ def test_positional_bias_is_the_planted_one(planted_bias: float) -> None:
     assert found.flips.value == np.mean(np.abs(slot) > np.abs(preference))
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.floats(-30, 30), st.floats(-30, 30)), min_size=1, max_size=40))
 def test_positional_bias_is_the_same_for_swapped_pairs(pairs: list[tuple[float, float]]) -> None:
     z_ab, z_ba = zip(*pairs, strict=True)
     assert positional_bias(z_ab, z_ba, seed=3) == positional_bias(z_ba, z_ab, seed=3)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(MARGINS)
 def test_positional_bias_of_a_fair_ranker_is_none(margins: list[float]) -> None:
     found = positional_bias(margins, [-z for z in margins], seed=0)
     assert (found.mean.value, found.spread, found.flips.value) == (0, 0, 0)
+
+
+def test_accuracy_in_each_order_shows_what_the_mean_of_both_hides() -> None:
+    draws = np.random.default_rng(4)
+    margin, slot = draws.normal(1, 1, 2_000), draws.normal(8, 2, 2_000)
+    found = in_each_order(margin + slot, slot - margin)
+    assert found.chosen_first.value > 0.99 and found.chosen_second.value < 0.01
+    assert found.bias == pytest.approx(slot.mean()) and found.spread == pytest.approx(slot.std())
+    assert judge(margin, [0] * 2_000).accuracy.value == np.mean(margin > 0)
+    assert found.figures["accuracy_chosen_second_high"] == found.chosen_second.high
+
+
+@given(st.lists(st.tuples(st.floats(-30, 30), st.floats(-30, 30)), min_size=1, max_size=40))
+def test_accuracy_in_each_order_is_the_plain_count(logits: list[tuple[float, float]]) -> None:
+    found = in_each_order(*zip(*logits, strict=True))
+    first = [0.5 if z == 0 else float(z > 0) for z, _ in logits]
+    second = [0.5 if z == 0 else float(z < 0) for _, z in logits]
+    assert found.chosen_first.value == pytest.approx(np.mean(first))
+    assert found.chosen_second.value == pytest.approx(np.mean(second))
+    biases = [(a + b) / 2 for a, b in logits]
+    assert found.bias == pytest.approx(np.mean(biases), abs=1e-9)
+    assert found.spread == pytest.approx(np.std(biases), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("bias_spread", "reward_spread", "flips", "is_warned_of"),
+    [
+        (0.5, 1.0, 0.1, False),
+        (1.0, 1.0, 1 / 3, False),
+        (1.1, 1.0, 0.1, True),
+        (0.5, 1.0, 0.34, True),
+        (3.7, 2.7, 1.0, True),
+    ],
+)
+def test_bias_advice_speaks_where_a_verdict_is_the_order_s(
+    bias_spread: float, reward_spread: float, flips: float, is_warned_of: bool
+) -> None:
+    counters = {
+        "flipped_pairs": 128,
+        "positional_bias_spread": bias_spread,
+        "verdicts_flipped": flips,
+        "reward_spread_sum": 72 * reward_spread,
+        "prompts": 72,
+    }
+    sentence = bias_advice(counters)
+    assert (sentence is not None) == is_warned_of
+    if sentence is not None:
+        for part in (
+            "128 pairs",
+            f"a spread of {bias_spread:.2f}",
+            f"one of {reward_spread:.2f}",
+            f"in {flips:.0%} of",
+            "score.orders: both",
+            "train_ranker.orders: mean",
+            "bias_penalty",
+        ):
+            assert part in sentence
+
+
+def test_bias_advice_without_pairs_says_nothing() -> None:
+    assert bias_advice({"prompts": 5, "reward_spread_sum": 0.0, "flipped_pairs": 0}) is None

@@ -232,7 +232,7 @@ def test_sft_step_equals_plain_computation(
 def test_ranker_step_equals_plain_computation(
     t5: Family, tmp_path: Path, captured: list[PrefixTrainer[Any]]
 ) -> None:
-    run_ranker(t5, tmp_path, batch_size=36)
+    run_ranker(t5, tmp_path, batch_size=36, orders="margin")
     encoder = RankerEncoder(t5.tokenizer, t5.templates)
     model = captured[0].network
     start = torch.tensor([[model.config.decoder_start_token_id]])
@@ -303,7 +303,7 @@ def test_policy_starts_as_the_reference_and_raises_its_margin(t5: Family, tmp_pa
 
 def test_ranker_learns_a_planted_preference_and_scores_with_it(t5: Family, tmp_path: Path) -> None:
     # Five seeds on each of three kinds of CPU gave 0.92 to 1.0; another one is given room.
-    result = run_ranker(t5, tmp_path, epochs=16, batch_size=6, learning_rate=1e-3)
+    result = run_ranker(t5, tmp_path, epochs=16, batch_size=6, learning_rate=1e-3, orders="margin")
     assert result.held_out.accuracy.value >= 0.75
     ranker = load_ranker(str(tmp_path / "model"), t5.templates, dtype="float32", token_budget=256)
     sides = [Comparison("a text", "good", "bad"), Comparison("a text", "bad", "good")]

@@ -216,7 +216,7 @@ def test_rewards_on_both_devices_are_the_same(
             device=device,
             attention="branches" if kind == "llama" else "sdpa",
         )
-        return ranker.rewards_many(items)
+        return [rewards.values for rewards in ranker.rewards_many(items)]
 
     found, expected = rewards("cuda", dtype), rewards("cpu", torch.float32)
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.3}[dtype]

@@ -71,8 +71,12 @@ def test_weighted_ranker_is_the_weighted_sum_of_its_rankers(finished: system.Run
         one, other = (getattr(ranker, method)(items) for ranker in rankers)
         assert not np.array_equal(one, other)
         assert getattr(both, method)(items) == pytest.approx(0.25 * one + 2 * other, abs=1e-6)
-    one, other = (ranker.rewards_many(many)[0] for ranker in rankers)
-    assert both.rewards_many(many)[0] == pytest.approx(0.25 * one + 2 * other, abs=1e-6)
+    for orders in ("both", "baseline-first"):
+        mine, one, other = (
+            ranker.rewards_many(many, orders=orders)[0] for ranker in (both, *rankers)
+        )
+        assert mine.values == pytest.approx(0.25 * one.values + 2 * other.values, abs=1e-6)
+        assert mine.num_tokens == one.num_tokens + other.num_tokens
     for mine, one, other in zip(
         both.both_orders(items), *(ranker.both_orders(items) for ranker in rankers), strict=True
     ):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,16 +102,61 @@ def test_compare_in_any_batch_equals_one_sequence_at_a_time(
     np.testing.assert_allclose(ranker.compare(ITEMS), plain(ITEMS), rtol=1e-5, atol=1e-5)
 
 
-def test_rewards_put_the_baseline_in_a_and_the_candidate_in_b(
-    ranker: RowRanker, plain: Callable[[Sequence[Comparison]], np.ndarray]
+@pytest.mark.parametrize("orders", ["both", "baseline-first"])
+def test_rewards_prefer_the_candidate_to_the_baseline(
+    ranker: RowRanker, plain: Callable[[Sequence[Comparison]], np.ndarray], orders: Any
 ) -> None:
     texts = [*WORDS, "one", "one"]
-    found = ranker.rewards_many([Candidates("a question", "one", texts), Candidates("p", "x", [])])
-    expected = -plain([Comparison("a question", "one", text) for text in texts])
-    np.testing.assert_allclose(found[0], expected, atol=NATS)
-    assert found[0][0] == found[0][8] == found[0][9]
-    assert found[1].shape == (0,)
-    assert ranker.rewards("a question", "one", texts).tolist() == found[0].tolist()
+    items = [Candidates("a question", "one", texts), Candidates("p", "x", [])]
+    found = ranker.rewards_many(items, orders=orders)
+    forward = plain([Comparison("a question", "one", text) for text in texts])
+    backward = plain([Comparison("a question", text, "one") for text in texts])
+    expected = (backward - forward) / 2 if orders == "both" else -forward
+    np.testing.assert_allclose(found[0].values, expected, atol=NATS)
+    np.testing.assert_allclose(found[0].forward, forward, atol=NATS)
+    assert found[0].values[0] == found[0].values[8] == found[0].values[9]
+    assert found[1].values.shape == (0,) and found[1].num_tokens == 0
+    if orders == "both":
+        np.testing.assert_allclose(found[0].backward, backward, atol=NATS)
+        assert found[0].values[0] == pytest.approx(0, abs=NATS)
+        assert ranker.rewards("a question", "one", texts).tolist() == found[0].values.tolist()
+    else:
+        # The slot alone gives the baseline a reward against itself.
+        assert found[0].backward is None and abs(found[0].values[0]) > 0.01
+
+
+def test_rewards_count_the_tokens_of_shared_prefixes_once(
+    ranker: RowRanker, subject: Family
+) -> None:
+    encoder = RankerEncoder(subject.tokenizer, subject.templates)
+    context, end = len(encoder.context("a question").ids), len(encoder.suffix)
+    first, second = len(encoder.side("A", "one answer")), len(encoder.side("B", "one answer"))
+    texts = ["x", "lazy file", "x", " x\n"]
+    of_texts = [len(encoder.side("B", text)) for text in texts[:2]]
+    forward = context + first + sum(size + end for size in of_texts)
+    of_texts = [len(encoder.side("A", text)) for text in texts[:2]]
+    backward = context + sum(size + second + end for size in of_texts)
+    items = [Candidates("a question", "one answer", texts)]
+    for orders, expected in (("baseline-first", forward), ("both", forward + backward)):
+        assert ranker.rewards_many(items, orders=orders)[0].num_tokens == expected
+
+
+def test_text_that_differs_in_the_prefix_or_white_space_is_the_same_to_a_ranker(
+    tiny_ranker_dir: str,
+) -> None:
+    ranker = ranking.load_ranker(
+        tiny_ranker_dir, Templates(response_prefix=" "), dtype="float32", token_budget=256
+    )
+    same = ["a good file", " a good file", "a good file\n", " a good file \n"]
+    with progress("rewards", total=2, unit="responses") as bar:
+        (found,) = ranker.rewards_many([Candidates("a question", "lazy", same)], bar)
+        assert bar.done == 2 and len(set(found.values.tolist())) == 1
+    pairs = [Comparison("a question", a, b) for a in same for b in same]
+    # Exactly, so that rounding decides no verdict.
+    assert ranker.preference(pairs).tolist() == [0.0] * 16
+    with progress("compare", total=1, unit="comparisons") as bar:
+        ranker.compare(pairs, bar)
+        assert bar.done == 1
 
 
 def test_preference_averages_both_orders(
@@ -127,9 +173,11 @@ def test_preference_averages_both_orders(
 
 
 def test_equal_texts_are_computed_once(ranker: RowRanker) -> None:
-    with progress("rewards", total=2, unit="responses") as bar:
-        ranker.rewards_many([Candidates("a question", "one", ["x", "y", "x", "x"])], bar)
-        assert bar.done == 2
+    items = [Candidates("a question", "one", ["x", "y", "x", "x"])]
+    for orders, expected in (("baseline-first", 2), ("both", 4)):
+        with progress("rewards", total=expected, unit="comparisons") as bar:
+            ranker.rewards_many(items, bar, orders=orders)
+            assert bar.done == expected
     with progress("compare", total=4, unit="comparisons") as bar:
         ranker.compare(ITEMS, bar)
         assert bar.done == 4

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from pipelines.score import RankerSource, ScoreShard
 from pipelines.shards import Dataset, Plan, map_shards
 from rso import seeds
-from rso.calibration import judge
+from rso.calibration import bias_advice, in_each_order, judge
 from rso.config import Templates
 from rso.errors import UserError
 from rso.models import load_tokenizer
@@ -52,24 +52,63 @@ def test_checks_hold_both_orders_of_every_held_out_comparison(finished: system.R
         assert (row["forward"], row["backward"]) == pytest.approx((forward, backward), abs=1e-4)
 
 
-def test_checks_flip_one_candidate_of_a_prompt_against_its_baseline(finished: system.Run) -> None:
-    ranker = load(finished.artifact("train_ranker").local("ranker"))
-    prompts = {row["prompt_id"]: row["prompt"] for row in finished.rows("prepare/prompts")}
-    texts = {row["response_id"]: row["response"] for row in finished.rows("decode/candidates")}
-    rewards = {row["response_id"]: row for row in finished.rows("score/rewards")}
-    rows = checks(finished, "candidates")
+@pytest.mark.parametrize("orders", ["both", "baseline-first"])
+def test_checks_hold_both_orders_of_a_candidate_and_its_baseline(
+    finished: system.Run, tmp_path: Path, orders: str
+) -> None:
+    run, change = finished.copy(tmp_path / "store"), f"score.orders={orders}"
+    assert run_stage(run.graph(change), "score").is_cached == (orders == "both")
+    ranker = load(run.artifact("train_ranker").local("ranker"))
+    prompts = {row["prompt_id"]: row["prompt"] for row in run.rows("prepare/prompts")}
+    texts = {row["response_id"]: row["response"] for row in run.rows("decode/candidates")}
+    rewards = {row["response_id"]: row for row in run.rows("score/rewards", change)}
+    rows = checks(run, "candidates", change)
     different = {
         r["prompt_id"]
         for r in rewards.values()
-        if texts[r["baseline_id"]] != texts[r["response_id"]]
+        if texts[r["baseline_id"]].strip() != texts[r["response_id"]].strip()
     }
     assert sorted(row["prompt_id"] for row in rows) == sorted(different)
     for row in rows:
         baseline, candidate = texts[row["first_id"]], texts[row["second_id"]]
         assert rewards[row["second_id"]]["baseline_id"] == row["first_id"] and baseline != candidate
-        assert row["forward"] == -rewards[row["second_id"]]["reward"]
-        (z,) = ranker.compare([Comparison(prompts[row["prompt_id"]], candidate, baseline)])
-        assert row["backward"] == pytest.approx(z, abs=1e-4)
+        reward = rewards[row["second_id"]]["reward"]
+        if orders == "both":
+            assert reward == pytest.approx((row["backward"] - row["forward"]) / 2, abs=1e-5)
+        else:
+            assert reward == -row["forward"]
+        prompt = prompts[row["prompt_id"]]
+        forward, backward = ranker.compare(
+            [Comparison(prompt, baseline, candidate), Comparison(prompt, candidate, baseline)]
+        )
+        assert row["forward"] == pytest.approx(forward, abs=1e-4)
+        assert row["backward"] == pytest.approx(backward, abs=1e-4)
+
+
+@pytest.mark.parametrize("orders", ["both", "baseline-first"])
+def test_score_counts_the_tokens_that_rewards_prefill(
+    finished: system.Run, tmp_path: Path, orders: str
+) -> None:
+    run, change = finished.copy(tmp_path / "store"), f"score.orders={orders}"
+    run_stage(run.graph(change), "score")
+    encoder = load(run.artifact("train_ranker").local("ranker"))._encoder
+    prompts = {row["prompt_id"]: row["prompt"] for row in run.rows("prepare/prompts")}
+    texts: dict[str, set[str]] = {}
+    baselines = {}
+    for row in run.rows("decode/candidates"):
+        texts.setdefault(row["prompt_id"], set()).add(row["response"].strip())
+        if row["is_baseline"]:
+            baselines[row["prompt_id"]] = row["response"]
+    expected = 0
+    for prompt_id, candidates in texts.items():
+        baseline, context = baselines[prompt_id], len(encoder.context(prompts[prompt_id]).ids)
+        expected += context + len(encoder.side("A", baseline))
+        expected += sum(len(encoder.side("B", c) + encoder.suffix) for c in candidates)
+        if orders == "both":
+            expected += context + sum(len(encoder.branch(c, baseline)) for c in candidates)
+    counters = run.artifact("score", change).manifest.counters
+    assert counters["tokens_prefilled"] == expected
+    assert counters["scored_once_for_copies"] == 96 - sum(map(len, texts.values()))
 
 
 def test_score_records_accuracy_and_reliability_of_its_ranker(finished: system.Run) -> None:
@@ -90,8 +129,13 @@ def test_score_records_accuracy_and_reliability_of_its_ranker(finished: system.R
     trained = finished.artifact("train_ranker").manifest.counters
     assert trained["accuracy"] == found.accuracy.value
     assert trained["held_out_loss"] == pytest.approx(found.mean_loss, abs=1e-4)
+    each_order = in_each_order(*([row[name] for row in rows] for name in ("forward", "backward")))
+    for name, value in each_order.figures.items():
+        assert trained[name] == pytest.approx(value, abs=1e-4), name
     page = Path(finished.artifact("report").output("report"), "report.html").read_text("utf-8")
     assert f"<dt>Held-out comparisons</dt><dd>{len(rows)}</dd>" in page
+    advice = bias_advice(manifest.counters)
+    assert advice is not None and advice in page
 
 
 def plant(directory: str, nats: float) -> None:
@@ -109,20 +153,33 @@ def plant(directory: str, nats: float) -> None:
 
 
 @pytest.mark.parametrize("nats", [1.5, -1.5])
-def test_score_shows_the_bias_of_a_ranker_that_likes_a_slot(
-    finished: system.Run, make_llama: Any, tmp_path: Path, nats: float
+def test_score_shows_the_bias_of_a_ranker_that_likes_a_slot_and_warns_of_it(
+    finished: system.Run,
+    make_llama: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    nats: float,
 ) -> None:
     run = finished.copy(tmp_path / "store")
     directory = make_llama(tmp_path / "biased", mlp_bias=True)
     plant(directory, nats)
     changes = objectives(f"name: biased, ranker: {directory}")
-    run_stage(run.graph(*changes), "score")
+    with caplog.at_level(logging.WARNING):
+        run_stage(run.graph(*changes), "score")
+    assert "in 100% of the pairs the order decides who wins" in caplog.text
+    assert "score.orders: both" in caplog.text and "train_ranker.orders: mean" in caplog.text
     counters = run.artifact("score", *changes).manifest.counters
     assert counters["positional_bias"] == pytest.approx(nats, abs=0.02)
     assert counters["positional_bias_spread"] < 0.02
     assert counters["verdicts_flipped"] == 1.0 and counters["flipped_pairs"] == 16
     # Both orders are averaged on held-out comparisons, so there the bias does no harm.
     assert counters["believed"] == pytest.approx(0.5, abs=0.01)
+    # Rewards average both orders too; in one order the slot is all that they hold.
+    for orders, expected in (("both", 0.0), ("baseline-first", -nats)):
+        change = f"score.orders={orders}"
+        run_stage(run.graph(*changes, change), "score")
+        rewards = [row["reward"] for row in run.rows("score/rewards", *changes, change)]
+        assert rewards == pytest.approx([expected] * 96, abs=0.05)
 
 
 def test_score_counts_contexts_that_are_cut(finished: system.Run, tmp_path: Path) -> None:
@@ -141,6 +198,8 @@ def test_score_counts_contexts_that_are_cut(finished: system.Run, tmp_path: Path
         ),
         frozenset(),
         0,
+        "both",
+        Templates(),
     )
     tables = {
         "candidates": run.artifact("decode").read("candidates"),
@@ -190,7 +249,7 @@ def test_planted_preference_gets_the_highest_reward_of_every_prompt(
         2,
     )
     source = RankerSource(directory, finished.config().compute, Templates())
-    map_shards(ScoreShard(source, frozenset(), 0), plan, ONE)
+    map_shards(ScoreShard(source, frozenset(), 0, "both", Templates()), plan, ONE)
     texts = {row["response_id"]: row["response"] for row in inputs["candidates"]}
     best: dict[str, dict[str, Any]] = {}
     for row in read_all(tmp_path / "rewards", "rewards"):
@@ -227,9 +286,16 @@ def test_checks_of_several_rankers_are_those_of_their_weighted_sum(
     assert counters["accuracy"] == np.mean(np.where(z == 0, 0.5, z > 0))
     rewards = {row["response_id"]: row["reward"] for row in run.rows("score/rewards", *changes)}
     pairs = checks(run, "candidates", *changes)
-    assert [row["forward"] for row in pairs] == [-rewards[row["second_id"]] for row in pairs]
+    assert [(row["backward"] - row["forward"]) / 2 for row in pairs] == pytest.approx(
+        [rewards[row["second_id"]] for row in pairs], abs=1e-5
+    )
     bias = np.mean([(row["forward"] + row["backward"]) / 2 for row in pairs])
     assert counters["positional_bias"] == pytest.approx(bias)
+    by_prompt: dict[str, list[float]] = {}
+    for row in run.rows("score/rewards", *changes):
+        by_prompt.setdefault(row["prompt_id"], []).append(row["reward"])
+    assert counters["reward_spread_sum"] == pytest.approx(sum(map(np.std, by_prompt.values())))
+    assert counters["own/tokens_prefilled"] == counters["other/tokens_prefilled"] > 0
 
 
 @pytest.mark.parametrize("total", [1, 5, 40])
@@ -253,7 +319,8 @@ def test_checks_are_the_same_however_sharded(
         finished.artifact("train_ranker").local("ranker"), config.compute, config.templates
     )
     everyone = frozenset(row["prompt_id"] for row in inputs["prompts"])
-    map_shards(ScoreShard(ranker, everyone, config.seed), plan, ONE)
+    shard = ScoreShard(ranker, everyone, config.seed, "both", config.templates)
+    map_shards(shard, plan, ONE)
     key = ("prompt_id", "comparison_id")
     expected = sorted(finished.rows("score/checks"), key=lambda row: [row[k] for k in key])
     found = read_all(tmp_path / "checks", "checks")

@@ -1,11 +1,20 @@
 """Prompt, response and ranker ids."""
 
+import json
+from collections import Counter
+from pathlib import Path
+
 import pytest
+from conftest import Family
 from transformers import PreTrainedTokenizerBase
 
+from pipelines.compare import CompareShard
+from pipelines.decode import Decoding
 from rso import templates
-from rso.config import Templates
+from rso.config import Compute, Prepare, Source, Templates
+from rso.decoding import Decoded, Sampling
 from rso.errors import UserError
+from rso.sources import prepare
 
 PLAIN = Templates(prompt="Text: {prompt}\nSummary:", response_prefix=" ")
 
@@ -106,6 +115,61 @@ def test_ranker_pieces_make_the_text_of_the_paper(tiny_tokenizer: PreTrainedToke
     assert not set(encoder.side("A", "<|eos|>")) & set(tiny_tokenizer.all_special_ids)
 
 
+def texts_of_every_origin(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, text: str
+) -> dict[str, str]:
+    """One text as a decode, and as the files of people hold it, with a line end and without."""
+    token_ids = templates.encode_response(tokenizer, PLAIN, text, eos=True)
+    texts = {"decode": tokenizer.decode(token_ids, skip_special_tokens=True)}
+    for end in ("", "\n"):
+        rows = {
+            "demonstrations": {"prompt": "a question", "target": text + end},
+            "comparisons": {"prompt": "a question", "chosen": text + end, "rejected": "x"},
+        }
+        for kind, row in rows.items():
+            path = folder / f"{kind}.jsonl"
+            path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+            source = Source(path=str(path), name=kind, kind=kind)
+            prepared = prepare(Prepare(sources=(source,)), seed=0)
+            if kind == "demonstrations":
+                texts[f"target{end}"] = prepared.demonstrations[0]["target"]
+            else:
+                texts[f"comparison{end}"] = prepared.comparisons[0]["chosen"]
+    return texts
+
+
+def test_ranker_reads_one_text_as_the_same_ids_from_every_origin(
+    family: Family, tmp_path: Path
+) -> None:
+    texts = texts_of_every_origin(family.tokenizer, tmp_path, "good words")
+    assert "target\n" in texts and texts["target\n"].endswith("\n")
+    assert family.tokenizer.bos_token is None or texts["decode"] == " good words"
+    encoder = templates.RankerEncoder(family.tokenizer, PLAIN)
+    for slot in ("A", "B"):
+        expected = encoder.side(slot, "good words")
+        for origin, text in texts.items():
+            assert encoder.side(slot, text) == expected, origin
+
+
+@pytest.mark.parametrize(
+    ("prefix", "response", "expected"),
+    [
+        (" ", " one answer", "one answer"),
+        (" ", "one answer", "one answer"),
+        (" ", "  one\n answer \n", "one\n answer"),
+        ("TL;DR: ", "TL;DR: one answer", "one answer"),
+        ("TL;DR: ", "one TL;DR: answer", "one TL;DR: answer"),
+        ("TL;DR: ", "TL;DR: TL;DR: one", "TL;DR: one"),
+        ("", " one answer ", "one answer"),
+        (" ", " ", ""),
+    ],
+)
+def test_judged_text_has_neither_prefix_nor_outer_white_space(
+    prefix: str, response: str, expected: str
+) -> None:
+    assert templates.judged_text(Templates(response_prefix=prefix), response) == expected
+
+
 def test_ranker_context_is_cut_from_the_right(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     whole = templates.RankerEncoder(tiny_tokenizer, Templates()).context("a file " * 20)
     encoder = templates.RankerEncoder(tiny_tokenizer, Templates(max_context_tokens=10))
@@ -129,3 +193,19 @@ def test_ranker_templates_that_cannot_work_are_user_errors(
 ) -> None:
     with pytest.raises(UserError, match=message):
         templates.RankerEncoder(tiny_tokenizer, settings)
+
+
+def test_compare_takes_decodes_that_judges_read_alike_for_one_text() -> None:
+    decoding = Decoding("compare", "m", "transformers", Compute(), PLAIN, Sampling(), 0)
+    shard = CompareShard(decoding, ["p"], "length", 6)
+    prompt = {"prompt_id": "p", "prompt": "a question", "target": None, "split": "train"}
+    texts = [" one answer", "one answer", " one", " one answer\n", "a longer one answer"]
+    responses = [Decoded([1], text, "stop", None) for text in texts]
+    rows = list(shard._comparisons(prompt, responses, Counter()))
+    # The first decode of each text stands for it, as it was decoded.
+    assert {text for row in rows for text in (row["chosen"], row["rejected"])} == {
+        " one answer",
+        " one",
+        "a longer one answer",
+    }
+    assert len(rows) == 3

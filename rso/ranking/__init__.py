@@ -1,12 +1,16 @@
 """The pairwise ranker: logits of "A" against "B", rewards (eq. 7) and preferences.
 
-Signs: `compare` gives logit_A - logit_B, positive when the first response is better. A reward has
-the baseline in slot A and the candidate in slot B, so it is logit_B - logit_A, positive when the
-candidate is better. All are fp32, in nats.
+Signs: `compare` gives logit_A - logit_B, positive when the first response is better. A reward is
+positive when the candidate is better than the baseline: logit_B - logit_A with the baseline in slot
+A, averaged with logit_A - logit_B with the candidate in slot A where both orders are asked for. All
+are fp32, in nats.
+
+Responses with the same `judged_text` are equal to a ranker and computed once.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 
 from rso import models
-from rso.config import Templates
+from rso.config import RewardOrders, Templates
 from rso.errors import PromptError, UserError
 from rso.objectives import weighted_sum
 from rso.prefix import Row
 from rso.progress import progress as Bar
-from rso.templates import RankerEncoder
+from rso.templates import RankerEncoder, judged_text
 
 Float32 = NDArray[np.float32]
 
@@ -39,6 +43,27 @@ class Candidates(NamedTuple):
     prompt: str
     baseline: str
     responses: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The candidates of a prompt against its baseline: logit_A - logit_B [candidates] by order.
+
+    `forward` has the baseline in slot A, `backward` the candidate; it is None where only the first
+    order was asked for. `num_tokens` counts what was prefilled: shared prefixes and equal
+    candidates once. An encoder-decoder model reads the prefix again for each candidate.
+    """
+
+    forward: Float32
+    backward: Float32 | None
+    num_tokens: int
+
+    @property
+    def values(self) -> Float32:
+        """The rewards [candidates] (eq. 7), the mean over the orders that were asked for."""
+        if self.backward is None:
+            return -self.forward
+        return (self.backward - self.forward) / np.float32(2)
 
 
 class NonFiniteLogit(PromptError):
@@ -63,14 +88,25 @@ class Ranker(Protocol):
         ...
 
     def rewards_many(
-        self, items: Sequence[Candidates], progress: Bar | None = None
-    ) -> list[Float32]:
+        self,
+        items: Sequence[Candidates],
+        progress: Bar | None = None,
+        *,
+        orders: RewardOrders = "both",
+    ) -> list[Rewards]:
         """Return the rewards of each item's responses (eq. 7)."""
         ...
 
     def count_cut(self, prompts: Sequence[str]) -> int:
         """Return how many prompts are longer than `max_context_tokens` and lose their end."""
         ...
+
+
+class _Distinct(NamedTuple):
+    """Responses whose judged texts differ; `places` [responses] gives each response its text."""
+
+    texts: list[str]
+    places: NDArray[np.intp]
 
 
 class RowRanker(ABC):
@@ -96,26 +132,26 @@ class RowRanker(ABC):
             NonFiniteLogit: a logit is NaN or infinite; the prompt is named.
             UserError: a comparison is longer than the model's context.
         """
-        numbers: dict[str, dict[tuple[str, str], int]] = {}
-        for item in items:
-            of_prompt = numbers.setdefault(item.prompt, {})
-            of_prompt.setdefault((item.a, item.b), len(of_prompt))
-        pairs = [pair for of_prompt in numbers.values() for pair in of_prompt]
+        keys = [(item.prompt, self._judged(item.a), self._judged(item.b)) for item in items]
+        distinct: dict[str, dict[tuple[str, str, str], Comparison]] = {}
+        for key, item in zip(keys, items, strict=True):
+            distinct.setdefault(item.prompt, {}).setdefault(key, item)
+        chosen = [item for of_prompt in distinct.values() for item in of_prompt.values()]
         sides = zip(
-            self._encoder.sides("A", [a for a, _ in pairs]),
-            self._encoder.sides("B", [b for _, b in pairs]),
+            self._encoder.sides("A", [item.a for item in chosen]),
+            self._encoder.sides("B", [item.b for item in chosen]),
             strict=True,
         )
         branches = (a + b + self._encoder.suffix for a, b in sides)
         rows = [
             Row(self._encoder.context(prompt).ids, [next(branches) for _ in of_prompt])
-            for prompt, of_prompt in numbers.items()
+            for prompt, of_prompt in distinct.items()
         ]
-        found = dict(zip(numbers, self._margins(list(numbers), rows, progress), strict=True))
-        return np.array(
-            [found[item.prompt][numbers[item.prompt][item.a, item.b]] for item in items],
-            dtype=np.float32,
-        )
+        found: dict[tuple[str, str, str], np.float32] = {}
+        margins = self._margins(list(distinct), rows, progress)
+        for of_prompt, values in zip(distinct.values(), margins, strict=True):
+            found.update(zip(of_prompt, values, strict=True))
+        return np.array([found[key] for key in keys], dtype=np.float32)
 
     def preference(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
         """Return z = (z_AB - z_BA) / 2 of each item, [items]; P(`a` is better) = sigmoid(z).
@@ -137,40 +173,92 @@ class RowRanker(ABC):
         return margins[: len(items)], margins[len(items) :]
 
     def rewards(self, prompt: str, baseline: str, responses: Sequence[str]) -> Float32:
-        """Return the reward of each response against the baseline: [responses] (eq. 7)."""
-        return self.rewards_many([Candidates(prompt, baseline, responses)])[0]
+        """Return the reward in both orders of each response against the baseline: [responses]."""
+        return self.rewards_many([Candidates(prompt, baseline, responses)])[0].values
 
     def rewards_many(
-        self, items: Sequence[Candidates], progress: Bar | None = None
-    ) -> list[Float32]:
-        """Return the rewards of each item's responses: logit_B - logit_A, the candidate in B.
+        self,
+        items: Sequence[Candidates],
+        progress: Bar | None = None,
+        *,
+        orders: RewardOrders = "both",
+    ) -> list[Rewards]:
+        """Return the rewards of each item's responses (eq. 7).
 
-        Context and baseline are computed once for all responses, equal responses once.
+        With the baseline first, context and baseline are computed once for all responses; with the
+        candidate first, the context is. Equal responses are computed once. `progress` counts a
+        distinct response once an order.
 
         Raises:
             NonFiniteLogit: a logit is NaN or infinite; the prompt is named.
             UserError: a comparison is longer than the model's context.
         """
-        texts = [
-            {text: number for number, text in enumerate(dict.fromkeys(item.responses))}
-            for item in items
+        distinct = [self._distinct(item.responses) for item in items]
+        rows = self._rows_of_baseline_first(items, distinct)
+        forward = self._in_order(items, distinct, rows, progress)
+        if orders == "baseline-first":
+            return [Rewards(z_ab, None, num_tokens) for z_ab, num_tokens in forward]
+        rows = self._rows_of_candidate_first(items, distinct)
+        backward = self._in_order(items, distinct, rows, progress)
+        return [
+            Rewards(z_ab, z_ba, num_tokens + num_more)
+            for (z_ab, num_tokens), (z_ba, num_more) in zip(forward, backward, strict=True)
         ]
-        prefixes = self._encoder.sides("A", [item.baseline for item in items])
-        branches = iter(self._encoder.sides("B", [text for distinct in texts for text in distinct]))
-        rows = [
-            Row(
-                self._encoder.context(item.prompt).ids + prefix,
-                [next(branches) + self._encoder.suffix for _ in distinct],
-            )
-            for item, prefix, distinct in zip(items, prefixes, texts, strict=True)
-        ]
+
+    def _in_order(
+        self,
+        items: Sequence[Candidates],
+        distinct: Sequence[_Distinct],
+        rows: Sequence[Row],
+        progress: Bar | None,
+    ) -> list[tuple[Float32, int]]:
+        """Return logit_A - logit_B [responses] and the tokens of each item's row."""
         margins = self._margins([item.prompt for item in items], rows, progress)
         return [
-            -values[[distinct[text] for text in item.responses]]
-            if distinct
-            else np.empty(0, np.float32)
-            for item, distinct, values in zip(items, texts, margins, strict=True)
+            (values[one.places], row.num_tokens if row.branches else 0)
+            for row, one, values in zip(rows, distinct, margins, strict=True)
         ]
+
+    def _rows_of_baseline_first(
+        self, items: Sequence[Candidates], distinct: Sequence[_Distinct]
+    ) -> list[Row]:
+        """Return a row per item: context and baseline, then a branch per distinct response."""
+        baselines = self._encoder.sides("A", [item.baseline for item in items])
+        texts = iter(self._encoder.sides("B", [text for one in distinct for text in one.texts]))
+        return [
+            Row(
+                self._encoder.context(item.prompt).ids + baseline,
+                [next(texts) + self._encoder.suffix for _ in one.texts],
+            )
+            for item, baseline, one in zip(items, baselines, distinct, strict=True)
+        ]
+
+    def _rows_of_candidate_first(
+        self, items: Sequence[Candidates], distinct: Sequence[_Distinct]
+    ) -> list[Row]:
+        """Return a row per item: the context, then response and baseline in every branch."""
+        baselines = self._encoder.sides("B", [item.baseline for item in items])
+        texts = iter(self._encoder.sides("A", [text for one in distinct for text in one.texts]))
+        return [
+            Row(
+                self._encoder.context(item.prompt).ids,
+                [next(texts) + baseline + self._encoder.suffix for _ in one.texts],
+            )
+            for item, baseline, one in zip(items, baselines, distinct, strict=True)
+        ]
+
+    def _distinct(self, responses: Sequence[str]) -> _Distinct:
+        numbers: dict[str, int] = {}
+        texts: list[str] = []
+        for response in responses:
+            if self._judged(response) not in numbers:
+                numbers[self._judged(response)] = len(texts)
+                texts.append(response)
+        places = [numbers[self._judged(response)] for response in responses]
+        return _Distinct(texts, np.array(places, dtype=np.intp))
+
+    def _judged(self, response: str) -> str:
+        return judged_text(self._encoder.templates, response)
 
     def count_cut(self, prompts: Sequence[str]) -> int:
         """Return how many prompts are longer than `max_context_tokens` and lose their end."""
@@ -179,7 +267,7 @@ class RowRanker(ABC):
     def _margins(
         self, prompts: Sequence[str], rows: Sequence[Row], progress: Bar | None
     ) -> list[Float32]:
-        """Return the margins of the rows, one a prompt, checked."""
+        """Return the margins of the rows, checked; `prompts` [rows] names the prompt of each."""
         self._check_lengths(prompts, rows)
         found = self.margins(rows, progress)
         for prompt, values in zip(prompts, found, strict=True):
@@ -225,11 +313,15 @@ class WeightedRanker:
         return self._sum(forward), self._sum(backward)
 
     def rewards_many(
-        self, items: Sequence[Candidates], progress: Bar | None = None
-    ) -> list[Float32]:
-        """Return the rewards of each item's responses (eq. 7)."""
-        found = [ranker.rewards_many(items, progress) for ranker in self._rankers]
-        return [self._sum(rewards) for rewards in zip(*found, strict=True)]
+        self,
+        items: Sequence[Candidates],
+        progress: Bar | None = None,
+        *,
+        orders: RewardOrders = "both",
+    ) -> list[Rewards]:
+        """Return the rewards of each item's responses (eq. 7); tokens are those of all rankers."""
+        found = [ranker.rewards_many(items, progress, orders=orders) for ranker in self._rankers]
+        return [self._sum_rewards(of_item) for of_item in zip(*found, strict=True)]
 
     def count_cut(self, prompts: Sequence[str]) -> int:
         """Return how many prompts lose their end, by the ranker that cuts most of them."""
@@ -237,6 +329,14 @@ class WeightedRanker:
 
     def _sum(self, values: Sequence[Float32]) -> Float32:
         return weighted_sum(values, self._factors)
+
+    def _sum_rewards(self, parts: Sequence[Rewards]) -> Rewards:
+        backward = [part.backward for part in parts if part.backward is not None]
+        return Rewards(
+            self._sum([part.forward for part in parts]),
+            self._sum(backward) if backward else None,
+            sum(part.num_tokens for part in parts),
+        )
 
 
 def load_ranker(

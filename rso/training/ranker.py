@@ -1,6 +1,6 @@
 """Training of the pairwise ranker on comparisons."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rso import seeds
-from rso.calibration import HeldOut, judge
+from rso.calibration import EachOrder, HeldOut, in_each_order, judge
 from rso.config import Compute, Templates, TrainRanker
 from rso.errors import UserError
 from rso.prefix import Row, last_logits
@@ -40,13 +40,15 @@ class LabelledComparison(NamedTuple):
 
 @dataclass(frozen=True)
 class RankerResult:
-    """How the training went and how good the ranker is; `held_out` is None without validation.
+    """How the training went and how good the ranker is.
 
-    `evaluations` are those that chose the checkpoint: step, accuracy and loss on validation.
+    `held_out` and `each_order` are None without validation. `evaluations` are those that chose the
+    checkpoint: step, accuracy and loss on validation.
     """
 
     training: TrainingResult
     held_out: HeldOut | None
+    each_order: EachOrder | None
     num_truncated: int
     evaluations: list[Figures]
     selected_step: int
@@ -54,27 +56,62 @@ class RankerResult:
 
 @dataclass(frozen=True)
 class RankerExample(Example):
-    """The comparisons of a prompt. Branch i belongs to comparison `owners[i]` of the example.
+    """The comparisons of a prompt, all of them in one order or all in both.
 
-    Where `signs[i]` is +1 the chosen response is in slot A of branch i, where it is -1 in slot B.
+    Branches are those of the first comparison, then those of the next. Where `signs[i]` is +1 the
+    chosen response is in slot A of branch i, where it is -1 in slot B. Of both orders that with the
+    chosen response in slot A comes first.
     """
 
-    owners: tuple[int, ...]
     signs: tuple[float, ...]
     weights: tuple[float, ...]
 
 
 class RankerTrainer(PrefixTrainer[RankerExample]):
-    """Logistic loss of the margin, the orders of a comparison averaged within it."""
+    """Logistic loss by `orders` and the bias penalty, times the weights of the comparisons."""
 
     label_ids: LabelIds
+    settings: TrainRanker
 
     def sums(self, model: PreTrainedModel, examples: Sequence[RankerExample]) -> Sums:
-        """-log sigmoid(margin) times the comparison's weight, summed over comparisons."""
+        """The weighted losses summed over comparisons; figures are those of the mean margin."""
         z = margins(model, examples, self.label_ids)
         weights = torch.tensor([w for e in examples for w in e.weights], device=z.device)
-        loss = -(functional.logsigmoid(z) * weights).sum()
-        return Sums(loss, {"accuracy": float(_hits(z).sum()), "margin": float(z.detach().sum())})
+        losses = LOSSES[self.settings.orders](z)
+        if self.settings.bias_penalty:
+            losses = losses + self.settings.bias_penalty * positional_bias(z).square()
+        mean = z.detach().mean(dim=1)
+        figures = {"accuracy": float(_hits(mean).sum()), "margin": float(mean.sum())}
+        return Sums((losses * weights).sum(), figures)
+
+
+def margin_loss(z: Tensor) -> Tensor:
+    """Return -log sigmoid(mean margin) [comparison], nats, of margins z [comparison, order].
+
+    It does not see the positional bias, which cancels in the mean of both orders.
+    """
+    return -functional.logsigmoid(z.mean(dim=1))
+
+
+def mean_loss(z: Tensor) -> Tensor:
+    """Return the mean over orders of -log sigmoid(margin) [comparison], nats.
+
+    The margins z are [comparison, order]. With both orders this is the expectation of the loss of
+    one random order, the paper's flip.
+    """
+    return -functional.logsigmoid(z).mean(dim=1)
+
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "margin": margin_loss,
+    "mean": mean_loss,
+    "flip": mean_loss,
+}
+
+
+def positional_bias(z: Tensor) -> Tensor:
+    """Return (z_AB + z_BA) / 2 [comparison], nats, of margins z [comparison, 2]."""
+    return (z[:, 0] - z[:, 1]) / 2
 
 
 def margins(
@@ -82,22 +119,16 @@ def margins(
     examples: Sequence[RankerExample],
     label_ids: LabelIds,
 ) -> Tensor:
-    """Margin of chosen over rejected [comparison], nats, fp32: the signed logit_A - logit_B.
+    """Margin of chosen over rejected in each order [comparison, order], nats, fp32.
 
-    With both orders it is (z_AB - z_BA) / 2, in which a constant preference for a slot cancels.
+    A margin is logit_A - logit_B where the chosen response is in slot A, and minus that where it is
+    in slot B; of both orders they are z_AB and -z_BA.
     """
     batch = batch_of([e.row for e in examples], model)
     logits = last_logits(model, batch, label_ids)
     signs = torch.tensor([s for e in examples for s in e.signs], device=logits.device)
-    signed = (logits[:, 0] - logits[:, 1]) * signs
-    owners: list[int] = []
-    num_comparisons = 0
-    for example in examples:
-        owners += [num_comparisons + owner for owner in example.owners]
-        num_comparisons += len(example.weights)
-    index = torch.tensor(owners, device=logits.device)
-    total = signed.new_zeros(num_comparisons).index_add(0, index, signed)
-    return total / torch.bincount(index, minlength=num_comparisons)
+    num_comparisons = sum(len(e.weights) for e in examples)
+    return ((logits[:, 0] - logits[:, 1]) * signs).view(num_comparisons, -1)
 
 
 def train_ranker(
@@ -157,16 +188,18 @@ def train_ranker(
         work_directory=work_directory,
         what=what,
     )
-    trainer.label_ids = encoder.labels
+    trainer.label_ids, trainer.settings = encoder.labels, settings
     held_out_rows = _Rows(encoder, validation, flip=None)
     examples = held_out_rows.build(range(len(validation)))
     excess = [len(c.chosen) - len(c.rejected) for c in validation]
 
-    def evaluate(model: PreTrainedModel) -> HeldOut:
-        return judge(_held_out_margins(model, examples, trainer, compute.token_budget), excess)
+    def evaluate(model: PreTrainedModel) -> tuple[HeldOut, EachOrder]:
+        found = _held_out_margins(model, examples, trainer.label_ids, compute.token_budget)
+        forward, backward = found[:, 0].numpy(), -found[:, 1].numpy()
+        return judge((forward - backward) / 2, excess), in_each_order(forward, backward)
 
     def figures(model: PreTrainedModel) -> Figures:
-        held_out = evaluate(model)
+        held_out, _ = evaluate(model)
         return {"accuracy": held_out.accuracy.value, "held_out_loss": held_out.mean_loss}
 
     selection = Selection(
@@ -180,10 +213,13 @@ def train_ranker(
     trainer.add_callback(selection)
     result = trainer.run()
     selected = selection.write(output_directory)
-    held_out = evaluate(load(output_directory, compute)[0]) if validation else None
+    held_out, each_order = None, None
+    if validation:
+        held_out, each_order = evaluate(load(output_directory, compute)[0])
     return RankerResult(
         result,
         held_out,
+        each_order,
         rows.num_truncated + held_out_rows.num_truncated,
         selection.evaluations,
         selected,
@@ -216,16 +252,14 @@ class _Rows:
         return [self._example(prompt_id, group) for prompt_id, group in groups]
 
     def _example(self, prompt_id: str, group: Sequence[int]) -> RankerExample:
-        branches, owners, signs = [], [], []
-        for owner, item in enumerate(group):
+        branches, signs = [], []
+        for item in group:
             for sign in self._orders[item]:
                 branches.append(self._branch(self.comparisons[item], sign))
-                owners.append(owner)
                 signs.append(sign)
         return RankerExample(
             prompt_id=prompt_id,
             row=Row(self._contexts[prompt_id].ids, branches),
-            owners=tuple(owners),
             signs=tuple(signs),
             weights=tuple(self.comparisons[item].weight for item in group),
         )
@@ -246,17 +280,18 @@ class _Rows:
 def _held_out_margins(
     model: PreTrainedModel,
     examples: Sequence[RankerExample],
-    trainer: RankerTrainer,
+    label_ids: LabelIds,
     token_budget: int,
-) -> list[float]:
+) -> Tensor:
+    """Return `margins` of all comparisons in both orders, [comparison, 2], examples in order."""
     found: dict[int, Tensor] = {}
     for batch in micro_batches(examples, token_budget):
-        z = margins(model, batch, trainer.label_ids).cpu()
+        z = margins(model, batch, label_ids).cpu()
         for example, part in zip(
             batch, torch.split(z, [len(e.weights) for e in batch]), strict=True
         ):
             found[id(example)] = part
-    return [float(z) for example in examples for z in found[id(example)]]
+    return torch.cat([found[id(example)] for example in examples])
 
 
 def _hits(z: Tensor) -> Tensor:
