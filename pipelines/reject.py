@@ -1,17 +1,18 @@
 """Rewards to accepted candidates: statistical rejection sampling, a shard at a time."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines.rewards import finite_rewards, text_numbers
-from pipelines.shards import Shard
+from pipelines.shards import Counters, Shard
 from pipelines.tables import IDS, hashes, prompt_runs, require_same_ids
 from rso import config
 from rso.diagnostics import Diagnostics, diagnose, sums
+from rso.errors import UserError
 from rso.rejection import Candidates, Selections, select_many, states_of
 from schemas import SCHEMAS
 
@@ -20,10 +21,16 @@ COLUMNS = {"candidates": (*IDS, "response"), "rewards": (*IDS, "reward")}
 
 @dataclass(frozen=True)
 class RejectShard:
-    """Rewards to `accepted` by algorithm 1; the declined stay in the table."""
+    """Rewards to `accepted` by algorithm 1; the declined stay in the table.
+
+    Every β of `settings` is in nats; `in_nats` makes it so.
+    """
 
     settings: config.Reject
     seed: int
+
+    def __post_init__(self) -> None:
+        assert self.settings.beta_unit == "nats", self.settings
 
     def setup(self) -> None:
         """Nothing to load."""
@@ -40,7 +47,7 @@ class RejectShard:
             rewards=finite_rewards(rewards, "reject"),
         )
         settings, tried = self.settings, {}
-        for beta in settings.all_betas:
+        for beta in all_betas(settings):
             selections = select_many(
                 candidates,
                 beta=beta,
@@ -48,23 +55,60 @@ class RejectShard:
                 duplicates=settings.duplicates,
             )
             tried[beta] = selections, diagnose(candidates, selections, beta)
-        counters = {
-            counter(beta, name): count
-            for beta, (selections, figures) in tried.items()
-            for name, count in sums(candidates, selections, figures).items()
-        }
+        totals = [sums(candidates, selections, figures) for selections, figures in tried.values()]
         return Shard(
             {
                 "accepted": _accepted(rewards, tried[settings.beta][0]),
                 "diagnostics": _diagnostics(prompt_ids, candidates, tried),
             },
-            counters,
+            numbered(totals),
         )
 
 
-def counter(beta: float, name: str) -> str:
-    """Return the name under which a shard counts what was found at `beta`."""
-    return f"beta={beta!r}/{name}"
+def all_betas(settings: config.Reject) -> list[float]:
+    """Return every β to try, ascending: 0, which gains most, `beta` and `betas`."""
+    return sorted({0.0, settings.beta, *settings.betas})
+
+
+def in_nats(settings: config.Reject, spread_median: float) -> config.Reject:
+    """Return the settings with every β in nats, given the `spread` that is their unit, nats.
+
+    Raises:
+        UserError: the unit is wanted and 0: at least half of the prompts have equal rewards.
+    """
+    if settings.beta_unit == "nats":
+        return settings
+    if spread_median == 0:
+        raise UserError(
+            "reject: beta_unit is spread, the median over prompts of the standard deviation of "
+            "their rewards, and it is 0: the candidates of at least half of the prompts all have "
+            "one reward; look at the ranker and at whether the candidates differ "
+            "(decode.sampling.temperature), or set reject.beta_unit to nats."
+        )
+    in_nats = {
+        "beta": settings.beta * spread_median,
+        "betas": tuple(beta * spread_median for beta in settings.betas),
+        "beta_unit": "nats",
+    }
+    return settings.model_copy(update=in_nats)
+
+
+def numbered(totals: Sequence[Mapping[str, float]]) -> Counters:
+    """Return the `sums` of several β as the counters of a shard, numbered as `all_betas` are."""
+    return {
+        f"{number}/{name}": count
+        for number, total in enumerate(totals)
+        for name, count in total.items()
+    }
+
+
+def by_beta(betas: Sequence[float], counters: Mapping[str, float]) -> dict[float, Counters]:
+    """Return the `sums` of each of `all_betas` from what `numbered` made of them."""
+    totals: dict[float, Counters] = {beta: {} for beta in betas}
+    for key, count in counters.items():
+        number, _, name = key.partition("/")
+        totals[betas[int(number)]][name] = count
+    return totals
 
 
 def _diagnostics(

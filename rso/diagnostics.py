@@ -1,22 +1,29 @@
 """What rejection sampling did at some β: per prompt, summed over prompts, and in words.
 
-Sums of shards add up to those of the whole, so they travel as counters.
+Every β is in nats unless it says otherwise. Sums of shards add up to those of the whole, so they
+travel as counters.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from rso.rejection import Candidates, Rewards, Selections, acceptance_probabilities
+from rso.rejection import Candidates, Indices, Rewards, Selections, acceptance_probabilities
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Point = dict[str, float]
 
-# Gains in reward beyond these shares of the greatest possible gain call for a warning.
-BEST_OF_N, UNCHANGED = 0.95, 0.05
+# Fewer effective samples than this share of `num_samples` make a best-of-N: most of the accepted
+# candidates are then those that are left when the few likely ones of the optimal policy are gone.
+BEST_OF_N = 0.5
+# With fewer effective samples than two the best candidate has most of the weight.
+FEWEST = 2.0
+# A gain in reward below this share of the greatest possible one changes nothing.
+UNCHANGED = 0.05
 
 
 class Diagnostics(NamedTuple):
@@ -56,11 +63,32 @@ def diagnose(candidates: Candidates, selections: Selections, beta: float) -> Dia
     return Diagnostics(
         has_best=np.logical_or.reduceat(is_accepted & (rewards == largest), starts),
         reward_gain=np.where(num_accepted > 0, gain - mean, 0.0),
-        reward_spread=np.sqrt(total((rewards - np.repeat(mean, sizes)) ** 2) / sizes),
+        reward_spread=spreads(rewards, sizes),
         expected_acceptance=mass / sizes,
         effective_samples=mass**2 / total(weights**2),
         kl=total(weights * logs) / mass - np.log(mass / sizes),
     )
+
+
+def spreads(rewards: Floats, sizes: Indices) -> Floats:
+    """Population standard deviation of the rewards of each prompt, [P], nats.
+
+    `rewards` are [N], prompt after prompt; `sizes` [P] count the candidates of each, at least one.
+    """
+    starts = np.cumsum(sizes) - sizes
+    mean = np.add.reduceat(rewards, starts) / sizes
+    squares = (rewards - np.repeat(mean, sizes)) ** 2
+    found: Floats = np.sqrt(np.add.reduceat(squares, starts) / sizes)
+    return found
+
+
+def effective_sample_sizes(rewards: Floats, sizes: Indices, beta: float) -> Floats:
+    """`effective_sample_size` of each prompt, [P]; `rewards` and `sizes` are those of `spreads`."""
+    starts = np.cumsum(sizes) - sizes
+    largest = np.repeat(np.maximum.reduceat(rewards, starts), sizes)
+    weights = acceptance_probabilities(rewards, beta, largest)
+    found: Floats = np.add.reduceat(weights, starts) ** 2 / np.add.reduceat(weights**2, starts)
+    return found
 
 
 def effective_sample_size(rewards: Rewards, beta: float) -> float:
@@ -70,6 +98,38 @@ def effective_sample_size(rewards: Rewards, beta: float) -> float:
     """
     weights = acceptance_probabilities(rewards, beta)
     return float(weights.sum() ** 2 / (weights**2).sum()) if weights.size else 0.0
+
+
+def beta_for_effective_samples(rewards: Floats, sizes: Indices, effective: float) -> float:
+    """The β at which the mean over prompts of `effective_sample_sizes` is `effective`, nats.
+
+    `rewards` and `sizes` are those of `spreads`. The mean rises with β, from the number of best
+    candidates to that of all candidates. Below that range the answer is 0, above it inf.
+    """
+
+    def mean(beta: float) -> float:
+        return float(effective_sample_sizes(rewards, sizes, beta).mean())
+
+    if not sizes.size or effective <= mean(0.0):
+        return 0.0
+    if effective >= sizes.mean():
+        return math.inf
+    starts = np.cumsum(sizes) - sizes
+    gaps = np.maximum.reduceat(rewards, starts) - np.minimum.reduceat(rewards, starts)
+    # Powers of two times the largest gap: at the ends all weights are equal, or all but the best 0.
+    unit, low, high = float(gaps.max()), -60.0, 60.0
+    for _ in range(32):
+        middle = (low + high) / 2
+        if mean(unit * math.exp2(middle)) < effective:
+            low = middle
+        else:
+            high = middle
+    return unit * math.exp2(high)
+
+
+def wanted_effective_samples(num_samples: int) -> float:
+    """How many effective samples β should leave, so that `num_samples` can be accepted of them."""
+    return max(FEWEST, float(num_samples))
 
 
 def sums(candidates: Candidates, selections: Selections, figures: Diagnostics) -> Point:
@@ -124,15 +184,31 @@ def curve(totals: Mapping[float, Mapping[str, float]]) -> list[Point]:
     return points
 
 
-def advice(points: Sequence[Point], total: Mapping[str, float], beta: float) -> list[str]:
-    """Return what is wrong with sampling at `beta`, and what to change; empty where nothing is.
+def advice(
+    points: Sequence[Point],
+    counters: Mapping[str, float],
+    *,
+    beta: float,
+    beta_unit: str,
+    num_samples: int,
+) -> list[str]:
+    """Return what is wrong with this sampling, and what to change; empty where nothing is.
 
-    `total` are the `sums` at `beta`, and `points` the `curve` with it.
+    `beta`, `beta_unit` and `num_samples` are the settings. `counters` are the `sums` at that β with
+    `beta_nats`, `reward_spread_median` (nats) and `beta_advised_nats`, the β that leaves
+    `wanted_effective_samples`. `points` are the `curve` with that β.
     """
-    (point,) = (found for found in points if found["beta"] == beta)
-    spread = point["reward_spread"]
+    (point,) = (found for found in points if found["beta"] == counters["beta_nats"])
+    is_nats = beta_unit == "nats"
+    named = f"reject.beta = {beta:g}" + ("" if is_nats else f" ({counters['beta_nats']:.3g} nats)")
+    better = counters["beta_advised_nats"] / (1.0 if is_nats else counters["reward_spread_median"])
+    wanted = wanted_effective_samples(num_samples)
+    remedy = f"Try reject.beta = {better:.2g}, which leaves {wanted:g} effective samples"
+    if not 0 < better < math.inf:
+        remedy = "Look at reject/diagnostics"
+    spread, effective = point["reward_spread"], point["effective_samples"]
     found = []
-    if total["accepted"] == total["candidates"]:
+    if counters["accepted"] == counters["candidates"]:
         found.append(
             "Every candidate was accepted, so nothing was selected. Raise decode.num_samples or "
             "lower reject.num_samples."
@@ -142,24 +218,23 @@ def advice(points: Sequence[Point], total: Mapping[str, float], beta: float) -> 
             "All candidates of a prompt have the same reward, so nothing was selected. Look at the "
             "ranker, and at whether the candidates differ (decode.sampling.temperature)."
         )
-    elif beta > 0 and point["strength"] >= BEST_OF_N:
+    elif beta > 0 and effective < (least := max(FEWEST, BEST_OF_N * num_samples)):
         found.append(
-            f"reject.beta = {beta:g} is so small beside the spread of rewards in a prompt "
-            f"({spread:.3g} nats) that sampling has become best-of-N: the gain in reward is "
-            f"{100 * point['strength']:.0f} % of the greatest possible. Try reject.beta = "
-            f"{spread / 2:.2g}, half the spread, or more decode.num_samples."
+            f"{named} is so small beside the spread of rewards in a prompt ({spread:.3g} nats) "
+            f"that sampling has become best-of-N: the candidates of a prompt are worth "
+            f"{effective:.2g} effective samples of the optimal policy, fewer than {least:g} where "
+            f"reject.num_samples is {num_samples}. {remedy}, or raise decode.num_samples."
         )
     elif point["strength"] <= UNCHANGED:
         found.append(
-            f"reject.beta = {beta:g} is so large beside the spread of rewards in a prompt "
-            f"({spread:.3g} nats) that sampling changes nothing: the gain in reward is "
-            f"{100 * point['strength']:.0f} % of the greatest possible. Try reject.beta = "
-            f"{spread / 2:.2g}, half the spread."
+            f"{named} is so large beside the spread of rewards in a prompt ({spread:.3g} nats) "
+            f"that sampling changes nothing: the gain in reward is {100 * point['strength']:.0f} % "
+            f"of the greatest possible. {remedy}."
         )
-    if total["shortfall"]:
+    if counters["shortfall"]:
         found.append(
-            f"{total['prompts_short']:,.0f} of {total['prompts']:,.0f} prompts have fewer distinct "
-            f"candidates than reject.num_samples; {total['shortfall']:,.0f} samples are missing. "
-            "Raise decode.num_samples or the temperature, or lower reject.num_samples."
+            f"{counters['prompts_short']:,.0f} of {counters['prompts']:,.0f} prompts have fewer "
+            f"distinct candidates than reject.num_samples; {counters['shortfall']:,.0f} samples "
+            "are missing. Raise decode.num_samples or the temperature, or lower reject.num_samples."
         )
     return found

@@ -10,7 +10,8 @@ from stages.prompts import choose_prompts
 def run(context: Context) -> Outcome:
     """Decode the chosen training prompts; n samples of a prompt come from one prefill."""
     settings = context.config.decode
-    prompt_ids = choose_prompts(context, "train", settings.num_prompts)
+    # The other end of the order that `compare` takes: the ranker has not learnt from these prompts.
+    prompt_ids = choose_prompts(context, "train", settings.num_prompts, from_end=True)
     decoding = Decoding(
         label="decode",
         model=context.model(settings.policy),

@@ -5,10 +5,14 @@ from rso.errors import UserError
 from stages.context import Context
 
 
-def choose_prompts(context: Context, split: str, count: int | None) -> list[str]:
+def choose_prompts(
+    context: Context, split: str, count: int | None, *, from_end: bool = False
+) -> list[str]:
     """Return the ids of `count` prompts of a split, all if None, the same ones for the same seed.
 
-    A larger count gives a superset. Raises `UserError` when the split is empty.
+    A larger count gives a superset. `from_end` takes them from the other end of the same order, so
+    both choices are disjoint where the split has enough prompts. Raises `UserError` when the split
+    is empty.
     """
     prompts = context.table("prompts", ["prompt_id", "split"])
     ids = [
@@ -24,4 +28,4 @@ def choose_prompts(context: Context, split: str, count: int | None) -> list[str]
             "raise the share in prepare.split or give more data."
         )
     order = seeds.order(ids, "choose", context.config.seed, split)
-    return sorted(ids[int(i)] for i in order[:count])
+    return sorted(ids[int(i)] for i in (order[::-1] if from_end else order)[:count])

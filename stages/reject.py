@@ -1,29 +1,83 @@
 """Rewards to accepted candidates by statistical rejection sampling (algorithm 1)."""
 
 import logging
+from typing import NamedTuple
 
-from pipelines.reject import COLUMNS, RejectShard, counter
-from rso.diagnostics import advice, curve
+import numpy as np
+
+from pipelines.reject import COLUMNS, RejectShard, all_betas, by_beta, in_nats
+from pipelines.rewards import finite_rewards
+from pipelines.tables import prompt_runs
+from rso.diagnostics import (
+    advice,
+    beta_for_effective_samples,
+    curve,
+    spreads,
+    wanted_effective_samples,
+)
+from rso.parquet import num_shards, read_shard
+from rso.rejection import Floats, Indices
 from stages.context import Context, Outcome
 
 logger = logging.getLogger(__name__)
+
+# The β to advise is solved on whole shards from the first on, until they have so many candidates,
+# which takes half a second.
+MOST_CANDIDATES = 2**18
 
 
 def run(context: Context) -> Outcome:
     """Sample the optimal policy of eq. 4 from the candidates, and see what other β would do."""
     settings = context.config.reject
-    function = RejectShard(settings, context.config.seed)
+    found = _rewards(context)
+    spread = float(np.median(found.spreads)) if len(found.spreads) else 0.0
+    resolved = in_nats(settings, spread)
+    function = RejectShard(resolved, context.config.seed)
     counters = context.map("reject", function, inputs=COLUMNS, outputs=["accepted", "diagnostics"])
-    totals = {
-        beta: {
-            name.removeprefix(prefix): count
-            for name, count in counters.items()
-            if name.startswith(prefix)
-        }
-        for beta in settings.all_betas
-        for prefix in [counter(beta, "")]
-    }
+    totals = by_beta(all_betas(resolved), counters)
     points = curve(totals)
-    for sentence in advice(points, totals[settings.beta], settings.beta):
+    wanted = wanted_effective_samples(settings.num_samples)
+    total = {
+        **totals[resolved.beta],
+        "beta_nats": resolved.beta,
+        "reward_spread_median": spread,
+        "beta_advised_nats": beta_for_effective_samples(found.rewards, found.sizes, wanted),
+    }
+    for sentence in advice(
+        points,
+        total,
+        beta=settings.beta,
+        beta_unit=settings.beta_unit,
+        num_samples=settings.num_samples,
+    ):
         logger.warning("%s", sentence)
-    return Outcome(totals[settings.beta], {"betas": points})
+    return Outcome(total, {"betas": points})
+
+
+class _Rewards(NamedTuple):
+    """The spread of every prompt, [prompt], and the rewards of the first shards with their sizes.
+
+    Prompts are in shards by a hash of their id, so the first shards are a random part.
+    """
+
+    spreads: Floats
+    rewards: Floats
+    sizes: Indices
+
+
+def _rewards(context: Context) -> _Rewards:
+    source = context.inputs["rewards"]
+    total = num_shards(source.directory)
+    found: list[Floats] = []
+    rewards: list[Floats] = []
+    sizes: list[Indices] = []
+    for index in range(total):
+        table = read_shard(
+            source.directory, source.output, index, total, columns=COLUMNS["rewards"]
+        )
+        values, (_, counts) = finite_rewards(table, "reject"), prompt_runs(table)
+        found.append(spreads(values, counts))
+        if sum(map(len, rewards)) < MOST_CANDIDATES:
+            rewards.append(values)
+            sizes.append(counts)
+    return _Rewards(np.concatenate(found), np.concatenate(rewards), np.concatenate(sizes))

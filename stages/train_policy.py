@@ -1,7 +1,12 @@
-"""Pairs or new targets to the aligned policy: the checkpoint with the highest win rate."""
+"""Pairs or new targets to the aligned policy: the checkpoint that the ranker prefers."""
 
-from collections.abc import Callable
-from functools import cache
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from pipelines.tables import select_ids
@@ -9,13 +14,14 @@ from rso.config import REFERENCE
 from rso.decoding import Request, Sampling
 from rso.decoding.transformers_engine import TransformersDecoder
 from rso.errors import UserError
-from rso.evaluation import POINTS, verdict_from_logit
 from rso.models import load_tokenizer
-from rso.ranking import Comparison
+from rso.ranking import Comparison, Ranker
 from rso.templates import encode_prompt
+from rso.training.loading import load
 from rso.training.policy import (
     PolicyPair,
     PolicyResult,
+    judged,
     train_policy,
     train_policy_on_targets,
 )
@@ -24,29 +30,63 @@ from stages.context import Context, Outcome
 from stages.prompts import choose_prompts
 from stages.rankers import ranker_of_run
 
+logger = logging.getLogger(__name__)
+
 FIELDS = PolicyPair._fields
+# Beyond these mean probabilities of the reference the contest hardly tells checkpoints apart.
+LOWEST, HIGHEST = 0.1, 0.9
 
 
 def run(context: Context) -> Outcome:
     """Train on all pairs, or on new targets, and keep the best checkpoint."""
+    contest = _Contest(context)
     on_targets = context.config.train_policy.loss == "cross_entropy"
-    result = _on_targets(context) if on_targets else _on_pairs(context)
+    result = (_on_targets if on_targets else _on_pairs)(context, contest)
+    assert result.selected is not None, "every training has an evaluation at its last step"
     counters = {
         "steps": result.training.num_steps,
         "tokens": result.training.num_tokens,
         "selected_step": result.selected_step,
-        "validation_win_rate": max(e.win_rate for e in result.evaluations),
+        "validation_win_rate": result.selected.win_rate,
+        "validation_mean_probability": result.selected.mean_probability,
+        **_choice(result),
     }
     if result.step_zero_difference is not None:
         counters["max_step_zero_nats_per_token"] = result.step_zero_difference
-    evaluations = [{"step": float(e.step), "win_rate": e.win_rate} for e in result.evaluations]
+    if contest.judges_reference:
+        counters["reference_mean_probability"] = contest.reference_mean_probability
+    evaluations = [
+        {name: float(figure) for name, figure in asdict(e).items()} for e in result.evaluations
+    ]
     return Outcome(
         counters,
         {"train_policy": result.training.curve, "train_policy_evaluations": evaluations},
     )
 
 
-def _on_pairs(context: Context) -> PolicyResult:
+def _choice(result: PolicyResult) -> dict[str, float]:
+    """Return by how much the kept checkpoint leads the runner-up; nothing without one."""
+    if result.lead is None:
+        return {}
+    lead = result.lead.difference
+    logger.info(
+        "train_policy: step %d is kept. Over %d prompts its mean probability is %.3f [%.3f, %.3f] "
+        "above that of step %d, the next best.",
+        result.selected_step,
+        lead.n,
+        lead.value,
+        lead.low,
+        lead.high,
+        result.lead.step,
+    )
+    return {
+        "choice_difference": lead.value,
+        "choice_difference_low": lead.low,
+        "choice_difference_high": lead.high,
+    }
+
+
+def _on_pairs(context: Context, contest: "_Contest") -> PolicyResult:
     """From the reference, checked at step 0 against its log-probs, or from another model."""
     config = context.config
     settings = config.train_policy
@@ -65,13 +105,13 @@ def _on_pairs(context: Context) -> PolicyResult:
         seed=config.seed,
         work_directory=context.work.scratch,
         output_directory=context.work.output("policy"),
-        evaluate=_win_rate(context),
+        evaluate=contest.margins,
         targets={row["prompt_id"]: row["target"] for row in prompts if row["target"] is not None},
         starts_as_reference=settings.init_from == REFERENCE,
     )
 
 
-def _on_targets(context: Context) -> PolicyResult:
+def _on_targets(context: Context, contest: "_Contest") -> PolicyResult:
     config = context.config
     return train_policy_on_targets(
         context.model(config.train_policy.init_from),
@@ -86,45 +126,105 @@ def _on_targets(context: Context) -> PolicyResult:
         seed=config.seed,
         work_directory=context.work.scratch,
         output_directory=context.work.output("policy"),
-        evaluate=_win_rate(context),
+        evaluate=contest.margins,
     )
 
 
-def _win_rate(context: Context) -> Callable[[Any], float]:
-    """Return a function of a model: its win rate against the human line under the ranker."""
-    config = context.config
-    prompts = context.table("prompts")
-    chosen = choose_prompts(context, "validation", None)
-    rows = [row for row in select_ids(prompts, chosen).to_pylist() if row["target"] is not None]
-    rows = rows[: config.train_policy.num_validation_prompts]
-    if not rows:
-        raise UserError(
-            "train_policy: no validation prompt has a target to compare answers with; give "
-            "demonstrations for validation prompts."
-        )
-    tokenizer = load_tokenizer(context.directory("reference"))
-    requests = [
-        Request(row["prompt_id"], encode_prompt(tokenizer, config.templates, row["prompt"]))
-        for row in rows
-    ]
-    greedy = Sampling(
-        temperature=0.0,
-        top_k=0,
-        max_new_tokens=config.train_policy.max_new_tokens,
-        stop=config.templates.stop,
-    )
-    source = ranker_of_run(context)
-    # Once, and by the process that evaluates alone.
-    load = cache(source.load)
+class _Contest:
+    """Greedy answers to validation prompts against others', compared by the ranker of the run.
 
-    def win_rate(model: Any) -> float:
-        decoded = TransformersDecoder(model, tokenizer).decode(requests, greedy, seed=config.seed)
-        logits = load().preference(
-            [
-                Comparison(row["prompt"], responses[0].text, row["target"])
-                for row, responses in zip(rows, decoded, strict=True)
-            ]
-        )
-        return sum(POINTS[verdict_from_logit(float(logit))] for logit in logits) / len(rows)
+    What is loaded or decoded once waits for the first evaluation: of several processes one alone
+    evaluates.
+    """
 
-    return win_rate
+    def __init__(self, context: Context) -> None:
+        self._context, self._settings = context, context.config.train_policy
+        self._against = self._settings.selection.against
+        self._rows = self._chosen_rows()
+        self._tokenizer = load_tokenizer(context.directory("reference"))
+        # With one evaluation nothing is chosen, and its opponent needs no judging of its own.
+        self.judges_reference = self._against == "target" and self._settings.num_evaluations > 1
+
+    def margins(self, policy: Any) -> list[float]:
+        """Return the ranker's margins of the policy's answers over the others, [prompt], nats."""
+        if self.judges_reference:
+            _ = self.reference_mean_probability
+        return self._margins_of(self._answers(policy))
+
+    @cached_property
+    def reference_mean_probability(self) -> float:
+        """That of the SFT policy's own answers; kept in the work folder over interruptions."""
+        path = Path(self._context.work.scratch) / "reference.json"
+        if not path.exists():
+            figures = judged(self._margins_of(self._reference_answers)).figures
+            aside = path.with_suffix(".partial")
+            aside.write_text(json.dumps(figures["mean_probability"]), encoding="utf-8")
+            os.replace(aside, path)
+        probability = float(json.loads(path.read_text(encoding="utf-8")))
+        if not LOWEST <= probability <= HIGHEST:
+            logger.warning(
+                "train_policy: the contest that chooses the checkpoint is saturated. Against the "
+                "targets the SFT policy itself has a mean probability of %.2f under the ranker, "
+                "expected %g to %g, so checkpoints hardly differ; set "
+                "train_policy.selection.against: reference.",
+                probability,
+                LOWEST,
+                HIGHEST,
+            )
+        return probability
+
+    def _chosen_rows(self) -> list[dict[str, Any]]:
+        chosen = choose_prompts(self._context, "validation", None)
+        prompts = select_ids(self._context.table("prompts"), chosen)
+        rows: list[dict[str, Any]] = prompts.to_pylist()
+        if self._against == "target":
+            rows = [row for row in rows if row["target"] is not None]
+        if not rows:
+            raise UserError(
+                "train_policy: no validation prompt has a target to compare answers with; give "
+                "demonstrations for validation prompts, or set train_policy.selection.against: "
+                "reference."
+            )
+        return rows[: self._settings.num_validation_prompts]
+
+    def _margins_of(self, answers: Sequence[str]) -> list[float]:
+        games = [
+            Comparison(row["prompt"], answer, other)
+            for row, answer, other in zip(self._rows, answers, self._others, strict=True)
+        ]
+        margins = self._ranker.preference(games)
+        # No text is better than itself, whatever the rounding.
+        return [0.0 if g.a == g.b else float(z) for g, z in zip(games, margins, strict=True)]
+
+    def _answers(self, model: Any) -> list[str]:
+        config = self._context.config
+        requests = [
+            Request(
+                row["prompt_id"], encode_prompt(self._tokenizer, config.templates, row["prompt"])
+            )
+            for row in self._rows
+        ]
+        greedy = Sampling(
+            temperature=0.0,
+            top_k=0,
+            max_new_tokens=self._settings.max_new_tokens,
+            stop=config.templates.stop,
+        )
+        decoder = TransformersDecoder(model, self._tokenizer)
+        return [found[0].text for found in decoder.decode(requests, greedy, seed=config.seed)]
+
+    @cached_property
+    def _others(self) -> list[str]:
+        if self._against == "target":
+            return [row["target"] for row in self._rows]
+        return self._reference_answers
+
+    @cached_property
+    def _reference_answers(self) -> list[str]:
+        # Nothing else holds this model, so its memory is free again before the ranker is loaded.
+        model, _ = load(self._context.directory("reference"), self._context.config.compute)
+        return self._answers(model)
+
+    @cached_property
+    def _ranker(self) -> Ranker:
+        return ranker_of_run(self._context).load()

@@ -1,12 +1,24 @@
 """Figures of rejection sampling against their definitions, and what is said about them."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rso.diagnostics import advice, curve, diagnose, effective_sample_size, sums
+from rso.diagnostics import (
+    advice,
+    beta_for_effective_samples,
+    curve,
+    diagnose,
+    effective_sample_size,
+    effective_sample_sizes,
+    spreads,
+    sums,
+    wanted_effective_samples,
+)
 from rso.rejection import Candidates, acceptance_probabilities, select_many
 from tests.test_rejection_statistics import random_candidates
 
@@ -26,9 +38,23 @@ def totals_of(candidates: Candidates, beta: float, num_samples: int = 8) -> dict
     return sums(candidates, selections, diagnose(candidates, selections, beta))
 
 
-def warned(candidates: Candidates, beta: float, num_samples: int = 8) -> str:
-    totals = {b: totals_of(candidates, b, num_samples) for b in (0.0, beta)}
-    return " ".join(advice(curve(totals), totals[beta], beta))
+def warned(candidates: Candidates, beta: float, num_samples: int = 8, unit: str = "nats") -> str:
+    """What is said where `beta` is set in `unit`."""
+    median = float(np.median(spreads(candidates.rewards, candidates.sizes)))
+    nats = beta * (median if unit == "spread" else 1.0)
+    totals = {b: totals_of(candidates, b, num_samples) for b in (0.0, nats)}
+    counters = totals[nats] | {
+        "beta_nats": nats,
+        "reward_spread_median": median,
+        "beta_advised_nats": advised(candidates, num_samples),
+    }
+    asked = {"beta": beta, "beta_unit": unit, "num_samples": num_samples}
+    return " ".join(advice(curve(totals), counters, **asked))
+
+
+def advised(candidates: Candidates, num_samples: int = 8) -> float:
+    wanted = wanted_effective_samples(num_samples)
+    return beta_for_effective_samples(candidates.rewards, candidates.sizes, wanted)
 
 
 def test_effective_sample_size_at_its_ends() -> None:
@@ -71,6 +97,7 @@ def test_diagnose_agrees_with_its_definitions(beta: float, num_samples: int) -> 
         assert found.has_best == bool(kept.size and kept.max() == rewards.max())
         assert found.reward_gain == pytest.approx(kept.mean() - rewards.mean() if kept.size else 0)
         assert found.reward_spread == pytest.approx(rewards.std())
+        assert spreads(rewards, np.array([size]))[0] == found.reward_spread
         assert found.expected_acceptance == pytest.approx(weights.mean())
         assert found.effective_samples == pytest.approx(effective_sample_size(rewards, beta))
         assert found.kl == pytest.approx(stats.entropy(posterior, uniform), abs=1e-9)
@@ -111,8 +138,70 @@ def test_curve_falls_from_best_of_n_to_no_selection() -> None:
     assert points[0]["rounds"] == 8 and points[0]["acceptance_rate_round_8"] > 0
 
 
+@given(
+    st.lists(
+        st.lists(st.integers(-20, 20).map(float), min_size=1, max_size=12), min_size=1, max_size=6
+    ),
+    st.floats(0.02, 0.98),
+    st.sampled_from([1e-3, 1.0, 1e3]),
+)
+def test_beta_for_effective_samples_leaves_that_many(prompts, share, scale) -> None:
+    """The oracle is the mean of Kish's number of each prompt."""
+    sizes = np.array([len(rewards) for rewards in prompts])
+    rewards = scale * np.concatenate([np.array(rewards) for rewards in prompts])
+
+    def mean(beta: float) -> float:
+        return np.mean([effective_sample_size(scale * np.array(r), beta) for r in prompts])
+
+    fewest, most = mean(0.0), sizes.mean()
+    effective = fewest + share * (most - fewest)
+    beta = beta_for_effective_samples(rewards, sizes, effective)
+    if fewest == most:
+        assert beta == 0.0
+    else:
+        assert mean(beta) == pytest.approx(effective, rel=1e-5)
+    assert beta_for_effective_samples(rewards, sizes, fewest - 0.1) == 0.0
+    assert beta_for_effective_samples(rewards, sizes, most + 0.1) == np.inf
+
+
+def test_effective_sample_sizes_are_those_of_each_prompt() -> None:
+    candidates = gaussian(20, size=7)
+    found = effective_sample_sizes(candidates.rewards, candidates.sizes, 0.7)
+    rows = candidates.rewards.reshape(20, 7)
+    assert found == pytest.approx([effective_sample_size(row, 0.7) for row in rows])
+
+
 def test_advice_is_silent_where_sampling_selects() -> None:
     assert warned(gaussian(), 0.5) == ""
+
+
+def test_best_of_n_is_said_below_half_as_many_effective_samples_as_are_accepted() -> None:
+    candidates = gaussian()
+    border = beta_for_effective_samples(candidates.rewards, candidates.sizes, 4.0)
+    assert "best-of-N" in warned(candidates, 0.98 * border)
+    assert "fewer than 4 where reject.num_samples is 8" in warned(candidates, 0.98 * border)
+    assert warned(candidates, 1.02 * border) == ""
+    # With one sample two effective ones are the least.
+    assert "fewer than 2 where" in warned(candidates, 0.1, num_samples=1)
+
+
+@pytest.mark.parametrize("beta", [0.01, 100.0])
+@pytest.mark.parametrize("unit", ["nats", "spread"])
+def test_advised_beta_is_in_the_unit_of_the_setting_and_ends_the_warning(
+    beta: float, unit: str
+) -> None:
+    candidates = gaussian(spread=4.0)
+    found = re.search(
+        r"Try reject.beta = ([\d.]+), which leaves 8 eff", warned(candidates, beta, unit=unit)
+    )
+    assert found is not None
+    better = float(found[1])
+    assert better == pytest.approx(advised(candidates) / (3.93 if unit == "spread" else 1), rel=0.1)
+    assert warned(candidates, better, unit=unit) == ""
+
+
+def test_advice_in_spreads_says_the_nats_too() -> None:
+    assert "reject.beta = 0.05 (0.19" in warned(gaussian(spread=4.0), 0.05, unit="spread")
 
 
 @pytest.mark.parametrize(
@@ -126,6 +215,13 @@ def test_advice_is_silent_where_sampling_selects() -> None:
 def test_advice_names_what_to_change(spread: float, beta: float, words: list[str]) -> None:
     found = warned(gaussian(spread=spread), beta)
     assert all(word in found for word in words), found
+
+
+def test_advice_without_a_beta_that_would_do_names_none() -> None:
+    """Eight candidates of two texts cannot be worth more than eight samples."""
+    few = gaussian(num_prompts=5, size=8)._replace(texts=np.tile(np.arange(8) // 4, 5))
+    found = warned(few, 0.01)
+    assert "best-of-N" in found and "Try reject.beta" not in found and "inf" not in found
 
 
 def test_advice_where_all_candidates_are_accepted_is_to_decode_more() -> None:

@@ -13,7 +13,7 @@ import pytest
 import system
 
 from pipelines.prepare import OUTPUTS, prepare_shards
-from pipelines.reject import RejectShard, counter
+from pipelines.reject import RejectShard, all_betas, by_beta, in_nats, numbered
 from pipelines.shards import Dataset, Plan, Shard, map_shards
 from rso import sources
 from rso.config import Beam, Config, Reject
@@ -104,7 +104,8 @@ def test_reject_pipeline_however_sharded_equals_the_pure_function(
             )
     expected.sort(key=lambda row: [row[key] for key in sort_keys("accepted")])
     assert read_all(tmp_path / "accepted", "accepted") == expected
-    assert counters[counter(0.7, "accepted")] == sum(r["is_accepted"] for r in expected) == 3 * 16
+    totals = by_beta([0.0, 0.7, 2.0], counters)
+    assert totals[0.7]["accepted"] == sum(r["is_accepted"] for r in expected) == 3 * 16
 
     rows = read_all(tmp_path / "diagnostics", "diagnostics")
     assert [row["prompt_id"] for row in rows[::3]] == sorted({row["prompt_id"] for row in expected})
@@ -117,8 +118,27 @@ def test_reject_pipeline_however_sharded_equals_the_pure_function(
         assert row["reward_gain"] == pytest.approx(gain)
         assert row["num_rounds"] == 1 + max(r["round"] for r in mine)
     for name in ("num_draws", "num_rounds", "num_shortfall"):
-        total_of = counters[counter(2.0, name.removeprefix("num_"))]
-        assert total_of == sum(row[name] for row in rows[2::3])
+        assert totals[2.0][name.removeprefix("num_")] == sum(row[name] for row in rows[2::3])
+
+
+def test_betas_in_spreads_become_nats() -> None:
+    settings = Reject(beta=0.5, betas=(0.0, 0.25, float("inf")), beta_unit="spread", num_samples=3)
+    found = in_nats(settings, 4.0)
+    assert found == Reject(beta=2.0, betas=(0.0, 1.0, float("inf")), num_samples=3)
+    assert all_betas(found) == [0.0, 1.0, 2.0, float("inf")]
+    plain = Reject(beta=0.5)
+    assert in_nats(plain, 4.0) is plain and in_nats(plain, 0.0) is plain
+
+
+def test_betas_in_spreads_without_any_spread_are_refused() -> None:
+    with pytest.raises(UserError, match=r"it is 0: .* set reject.beta_unit to nats"):
+        in_nats(Reject(beta_unit="spread"), 0.0)
+
+
+def test_counters_of_several_betas_come_back_apart() -> None:
+    totals = [{"accepted": 1.0, "draws": 2.0}, {"accepted": 3.0, "draws_round_1": 4.0}]
+    betas = [0.0, 1e-300]
+    assert by_beta(betas, numbered(totals)) == dict(zip(betas, totals, strict=True))
 
 
 def test_reject_pipeline_with_a_reward_missing_refuses(

@@ -46,7 +46,7 @@ changes = json.loads(sys.argv[4])
 try:
     if what == "policy":
         tokenizer = load_tokenizer(base)
-        evaluate = lambda model: float(sum(p.double().sum() for p in model.parameters()))
+        evaluate = lambda model: [float(sum(p.double().sum() for p in model.parameters()))]
         result = test_training.run_policy(base, tokenizer, directory, evaluate=evaluate, **changes)
         curve = result.training.curve
     elif what == "ranker":
@@ -99,7 +99,7 @@ def test_two_processes_give_the_curve_of_one(
     assert done.returncode == 0, done.stderr[-3000:]
     one = tmp_path / "one"
     if what == "policy":
-        score = lambda model: float(sum(p.double().sum() for p in model.parameters()))  # noqa: E731
+        score = lambda model: [float(sum(p.double().sum() for p in model.parameters()))]  # noqa: E731
         result: Any = run_policy(tiny_llama_dir, tiny_tokenizer, one, evaluate=score, **changes)
         curve = result.training.curve
     elif what == "ranker":

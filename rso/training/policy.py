@@ -1,6 +1,6 @@
 """Training of the policy: on labelled pairs (eq. 1, 8, 9, 10, RRHF) or on new targets.
 
-The checkpoint with the highest win rate is kept, whatever the loss.
+The checkpoint that the ranker prefers is kept, whatever the loss.
 """
 
 import math
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rso import losses
 from rso.config import Compute, Templates, TrainPolicy
 from rso.errors import UserError
+from rso.evaluation import POINTS, verdict_from_logit
 from rso.prefix import Row, branch_logps
+from rso.statistics import Interval, paired_bootstrap_difference
 from rso.templates import encode_prompt, encode_response
 from rso.training.base import (
     PrefixTrainer,
@@ -26,13 +29,14 @@ from rso.training.base import (
     last_checkpoint,
 )
 from rso.training.loading import load
-from rso.training.selection import Figures, Selection
+from rso.training.selection import Judged, Selection
 from rso.training.sft import Demonstration, sft_trainer
 from rso.training.steps import Example, Steps, by_prompt, micro_batches, plan_steps
 
 WHAT = "train_policy"
 ReferenceLogps = Mapping[tuple[str, str], float]
-Evaluate = Callable[[PreTrainedModel], float]
+Evaluate = Callable[[PreTrainedModel], Sequence[float]]
+"""The ranker's margins of a policy's answers over other answers, [prompt], nats."""
 
 
 class PolicyPair(NamedTuple):
@@ -49,10 +53,26 @@ class PolicyPair(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Win rate of the policy after `step` optimiser steps."""
+    """The policy's answers after `step` optimiser steps against others, by the ranker's margins.
+
+    `win_rate` counts verdicts, ties as halves. `mean_probability` is the mean over prompts of the
+    probability that the policy's answer is better, `mean_margin` that of the margin, nats.
+    """
 
     step: int
     win_rate: float
+    mean_probability: float
+    mean_margin: float
+
+
+class Lead(NamedTuple):
+    """How far the kept checkpoint leads the runner-up, the one of `step`.
+
+    `difference` is that of their mean probabilities, paired over prompts, with its interval.
+    """
+
+    step: int
+    difference: Interval
 
 
 @dataclass(frozen=True)
@@ -61,12 +81,19 @@ class PolicyResult:
 
     `step_zero_difference` is the largest |policy - reference| log-prob, nats a token, before
     training; None where the check was not made (by the caller's wish or after an interruption).
+    `lead` is None with fewer than two evaluations.
     """
 
     training: TrainingResult
     evaluations: list[Evaluation]
     selected_step: int
     step_zero_difference: float | None
+    lead: Lead | None
+
+    @property
+    def selected(self) -> Evaluation | None:
+        """The evaluation of the kept checkpoint; None where there was no evaluation."""
+        return next((e for e in self.evaluations if e.step == self.selected_step), None)
 
 
 @dataclass(frozen=True)
@@ -135,10 +162,11 @@ def train_policy(
 
     `reference_logps` maps (prompt_id, response_id) to the summed log-prob, nats, under the
     reference policy, `targets` a prompt_id to its fine-tuning target (for `regularisation`). The
-    loss of a step is the mean over its `batch_size` pairs. `evaluate` gives
-    the win rate of a model in evaluation mode; of `num_evaluations` evenly spaced checkpoints the
-    one with the highest is written, the first of equals; without it, the last. Goes on from a
-    checkpoint in `work_directory`.
+    loss of a step is the mean over its `batch_size` pairs. `evaluate` gives the ranker's margins of
+    a model in evaluation mode. Of `num_evaluations` evenly spaced checkpoints the one with the
+    highest mean probability is written; of equals the one with the larger mean margin, and of those
+    the first. Without `evaluate` the last checkpoint is written. Goes on from a checkpoint in
+    `work_directory`.
 
     Raises:
         UserError: no pairs, a missing reference log-prob or target, an empty response, or, where
@@ -173,7 +201,7 @@ def train_policy(
     )
     trainer.loss = settings
     selection = _selection(trainer, settings, compute, evaluate)
-    return _result(trainer.run(), selection, output_directory, difference)
+    return _result(trainer.run(), selection, output_directory, difference, seed)
 
 
 def train_policy_on_targets(
@@ -210,7 +238,7 @@ def train_policy_on_targets(
         what=WHAT,
     )
     selection = _selection(trainer, settings, compute, evaluate)
-    return _result(trainer.run(), selection, output_directory, None)
+    return _result(trainer.run(), selection, output_directory, None, seed)
 
 
 def pair_losses(
@@ -284,27 +312,60 @@ def _selection(
     compute: Compute,
     evaluate: Evaluate | None,
 ) -> Selection:
-    def figures(model: PreTrainedModel) -> Figures:
+    def figures(model: PreTrainedModel) -> Judged:
         assert evaluate is not None
-        return {"win_rate": evaluate(model)}
+        return judged(evaluate(model))
 
     selection = Selection(
         trainer,
         compute,
         num_evaluations=settings.num_evaluations,
         evaluate=figures if evaluate else None,
-        rank=lambda found: (found["win_rate"],),
+        rank=lambda found: (found["mean_probability"], found["mean_margin"]),
     )
     trainer.add_callback(selection)
     return selection
 
 
+def judged(margins: Sequence[float]) -> Judged:
+    """The figures of `Evaluation` from the margins of all prompts, and each prompt's probability.
+
+    Raises:
+        ValueError: a margin is NaN.
+    """
+    points = [POINTS[verdict_from_logit(float(margin))] for margin in margins]
+    values = np.asarray(margins, dtype=np.float64)
+    # log(1 + exp(-z)), which does not overflow.
+    probabilities = np.exp(-np.logaddexp(0.0, -values))
+    figures = {
+        "win_rate": float(np.mean(points)),
+        "mean_probability": float(probabilities.mean()),
+        "mean_margin": float(values.mean()),
+    }
+    return Judged(figures, probabilities.tolist())
+
+
 def _result(
-    training: TrainingResult, selection: Selection, output_directory: str, difference: float | None
+    training: TrainingResult,
+    selection: Selection,
+    output_directory: str,
+    difference: float | None,
+    seed: int,
 ) -> PolicyResult:
     selected = selection.write(output_directory)
-    evaluations = [Evaluation(int(e["step"]), e["win_rate"]) for e in selection.evaluations]
-    return PolicyResult(training, evaluations, selected, difference)
+    evaluations = [
+        Evaluation(int(e["step"]), e["win_rate"], e["mean_probability"], e["mean_margin"])
+        for e in selection.evaluations
+    ]
+    return PolicyResult(training, evaluations, selected, difference, _lead(selection, seed))
+
+
+def _lead(selection: Selection, seed: int) -> Lead | None:
+    if len(selection.ranking) < 2:
+        return None
+    best, second = (selection.values(entry["step"]) for entry in selection.ranking[:2])
+    difference = paired_bootstrap_difference(best, second, seed=seed)
+    return Lead(int(selection.ranking[1]["step"]), difference)
 
 
 class _Rows:
