@@ -12,16 +12,13 @@ from pipelines.score import AnyRanker
 from pipelines.shards import Shard
 from pipelines.tables import select_ids, table_of
 from rso import ids
-from rso.evaluation import judge_by_gold, judge_by_length, judge_by_logits, matches
+from rso.evaluation import ANCESTRAL, judge_by_gold, judge_by_length, judge_by_logits, matches
 from rso.labelling import labeller
 from rso.logps import response_logps
 from rso.prefix import Row
 from rso.progress import progress
 from rso.ranking import Comparison, Ranker
 from rso.templates import encode_prompt
-
-GREEDY = "greedy"
-ANCESTRAL = "ancestral"
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class MergeShard:
         )
         generations = [table for name, table in tables.items() if name != "prompts"]
         rows = [row for table in generations for row in table.to_pylist()]
-        sampled = [row for row in rows if row["sampling"] == ANCESTRAL and row["token_ids"]]
+        ancestral = [row for row in rows if row["sampling"] == ANCESTRAL and row["token_ids"]]
         for name, policy, source in (
             ("policy_logps", policies.policy, self.policy),
             ("reference_logps", policies.reference, self.reference),
@@ -112,7 +109,7 @@ class MergeShard:
                     encode_prompt(policy.tokenizer, source.templates, prompts[row["prompt_id"]]),
                     [row["token_ids"]],
                 )
-                for row in sampled
+                for row in ancestral
             ]
             with progress(name, total=len(packed), unit="responses") as bar:
                 logps = response_logps(
@@ -121,14 +118,17 @@ class MergeShard:
                     token_budget=source.compute.token_budget,
                     progress=bar,
                 )
-            for row, (value,) in zip(sampled, logps, strict=True):
+            for row, (value,) in zip(ancestral, logps, strict=True):
                 row[name] = value
-        return Shard({"generations": table_of("generations", rows)}, {"kl_samples": len(sampled)})
+        return Shard({"generations": table_of("generations", rows)}, {"kl_samples": len(ancestral)})
 
 
 @dataclass(frozen=True)
 class JudgeShard:
-    """Greedy generations to `judgements` by every judge, both orders averaged for rankers."""
+    """Greedy and sampled generations to `judgements` by every judge.
+
+    Rankers average both orders.
+    """
 
     rankers: Mapping[str, AnyRanker]
     labeller: str | None

@@ -2,6 +2,8 @@
 
 Rows go in and come out as lists of dicts in the shape of `generations`, `judgements` and `metrics`
 (`pyarrow.Table.to_pylist` and `from_pylist`). The unit of every interval is the prompt.
+
+Greedy and sampled responses are judged and measured apart. Ancestral ones serve the KL alone.
 """
 
 import math
@@ -11,17 +13,51 @@ from typing import Any, NamedTuple
 
 from rso.labelling import Labeller
 from rso.statistics import Interval, bootstrap_mean, paired_bootstrap_difference, wilson, win_rate
-from rso.text_metrics import chrf, distinct_words, rouge_l
+from rso.text_metrics import (
+    Opening,
+    chrf,
+    distinct_first_words,
+    distinct_words,
+    mean_similarity,
+    num_repeated,
+    rouge_l,
+    top_opening,
+)
 
 Row = dict[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 
 POLICY, REFERENCE, HUMAN = "policy", "reference", "human"
-CONTESTS = ((POLICY, REFERENCE), (POLICY, HUMAN), (REFERENCE, HUMAN))
+GREEDY, SAMPLED, ANCESTRAL = "greedy", "sampled", "ancestral"
+# Ways of decoding whose responses are judged and measured.
+ANSWERED = (GREEDY, SAMPLED)
+
+
+class Contest(NamedTuple):
+    """Two systems whose responses are compared, and how these were decoded."""
+
+    system: str
+    opponent: str
+    sampling: str = GREEDY
+
+
+# Of sampled responses only the main contest, since judges cost more than all decoding.
+CONTESTS = (
+    Contest(POLICY, REFERENCE),
+    Contest(POLICY, REFERENCE, SAMPLED),
+    Contest(POLICY, HUMAN),
+    Contest(REFERENCE, HUMAN),
+)
 # Judges in the order in which they are shown; `gold` is the synthetic labeller itself.
 JUDGES = ("ranker", "gold_ranker", "gold", "length")
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 EVEN = 0.5
+
+# `warnings_of` says what these mean.
+COLLAPSED_SHARE = 0.5
+COLLAPSED_VARIETY = 0.5
+FEW_FIRST_WORDS = 20
+WORDS_OF_AN_OPENING = 3
 
 MEANINGS = {
     "win_rate": "share of prompts won, ties one half",
@@ -31,6 +67,12 @@ MEANINGS = {
     "rouge_l": "ROUGE-L F1 with the human line",
     "chrf": "chrF with the human line",
     "distinct_words": "distinct words by all words of a system",
+    "top_first_word_share": "share of responses that begin with the most common first word",
+    "top_opening_share": "share of responses that begin with the most common first three words",
+    "distinct_first_words": "number of different first words",
+    "repeated_share": "share of responses that equal the response to another prompt",
+    "mean_similarity": "mean Jaccard index of the words of two responses to different prompts",
+    "same_as_reference_share": "share of prompts to which the policy gave the reference's response",
     "gold_score": "synthetic gold points",
     "truncated_share": "share of responses cut off at the longest length",
     "empty_share": "share of responses without a word",
@@ -47,6 +89,7 @@ class Match(NamedTuple):
     target: str | None
     system: str
     opponent: str
+    sampling: str
     response: str
     opponent_response: str
 
@@ -65,21 +108,23 @@ def verdict_from_logit(z: float) -> str:
 
 
 def matches(generations: Rows, prompts: Rows) -> list[Match]:
-    """Return the matches to judge: greedy decodes of policy, reference and the human line.
+    """Return the matches to judge, those of `CONTESTS`, in which the human line is a system too.
 
-    Ordered by contest, then prompt_id. A prompt without a target has no match against the human.
+    Ordered by contest, then prompt_id. A prompt without a target has no match against the human,
+    and without sampled responses there is no contest of them.
 
     Raises:
-        ValueError: a system has no greedy response to a prompt that another one has.
+        ValueError: a system has no response to a prompt that another one has.
     """
     prompt_of = {row["prompt_id"]: row for row in prompts}
-    texts = _responses(generations, prompts)
+    texts_of = {sampling: _responses(generations, prompts, sampling) for sampling in ANSWERED}
     result = []
-    for system, opponent in CONTESTS:
-        lacking = sorted(texts[system].keys() ^ texts[opponent].keys()) if opponent != HUMAN else []
+    for system, opponent, sampling in CONTESTS:
+        ours, theirs = texts_of[sampling][system], texts_of[sampling][opponent]
+        lacking = sorted(ours.keys() ^ theirs.keys()) if opponent != HUMAN else []
         if lacking:
             raise ValueError(
-                f"generations: prompt {lacking[0]} has a greedy response of only one of "
+                f"generations: prompt {lacking[0]} has a {sampling} response of only one of "
                 f"{system!r} and {opponent!r}; decode both on the same prompts"
             )
         result += [
@@ -89,10 +134,11 @@ def matches(generations: Rows, prompts: Rows) -> list[Match]:
                 prompt_of[prompt_id]["target"],
                 system,
                 opponent,
-                texts[system][prompt_id],
-                texts[opponent][prompt_id],
+                sampling,
+                ours[prompt_id],
+                theirs[prompt_id],
             )
-            for prompt_id in sorted(texts[system].keys() & texts[opponent].keys())
+            for prompt_id in sorted(ours.keys() & theirs.keys())
         ]
     return result
 
@@ -139,21 +185,13 @@ def metrics(
     labeller: Labeller | None = None,
 ) -> list[Row]:
     """Return all figures as rows of `metrics`; what has no data behind it is left out."""
-    texts = _responses(generations, prompts)
-    prompt_of = {row["prompt_id"]: row for row in prompts}
-    per_prompt = {
-        system: _text_figures(answers, prompt_of, labeller, is_human=system == HUMAN)
-        for system, answers in texts.items()
-        if answers
-    }
-    rows = _win_rates(judgements) + _agreements(judgements)
-    for system, figures in per_prompt.items():
-        for metric, values in figures.items():
-            rows.append(_figure(system, metric, bootstrap_mean(list(values.values()), seed=seed)))
-        distinct = distinct_words(texts[system].values())
-        rows.append(_plain_figure(system, "distinct_words", distinct, len(texts[system])))
-    rows += _truncation(generations)
-    rows += _differences(per_prompt, seed)
+    rows = _win_rates(judgements) + _agreements(judgements) + _truncation(generations)
+    for sampling in ANSWERED:
+        texts = _responses(generations, prompts, sampling)
+        del texts[HUMAN]
+        rows += _figures_of_texts(texts, prompts, sampling, seed, labeller)
+    humans = {HUMAN: _human_lines(generations, prompts)}
+    rows += _figures_of_texts(humans, prompts, "", seed, labeller)
     return rows + kl_divergence(generations, seed=seed)
 
 
@@ -165,7 +203,7 @@ def kl_divergence(generations: Rows, *, seed: int) -> list[Row]:
     """
     gaps: dict[str, list[float]] = defaultdict(list)
     for row in generations:
-        if row["system"] == POLICY and row["sampling"] == "ancestral":
+        if row["system"] == POLICY and row["sampling"] == ANCESTRAL:
             if row["policy_logps"] is None or row["reference_logps"] is None:
                 raise ValueError(
                     f"generations: ancestral response {row['response_id']} has no log-prob under "
@@ -175,53 +213,162 @@ def kl_divergence(generations: Rows, *, seed: int) -> list[Row]:
     if not gaps:
         return []
     means = [math.fsum(gaps[prompt_id]) / len(gaps[prompt_id]) for prompt_id in sorted(gaps)]
-    return [_figure(POLICY, "kl", bootstrap_mean(means, seed=seed), opponent=REFERENCE)]
+    interval = bootstrap_mean(means, seed=seed)
+    return [_figure(POLICY, "kl", interval, opponent=REFERENCE, sampling=ANCESTRAL)]
 
 
 def find(
-    rows: Rows, metric: str, *, system: str = POLICY, opponent: str = "", judge: str = ""
+    rows: Rows,
+    metric: str,
+    *,
+    system: str = POLICY,
+    opponent: str = "",
+    judge: str = "",
+    sampling: str = GREEDY,
 ) -> Mapping[str, Any] | None:
-    """Return the row of a figure, or None."""
-    wanted = {"metric": metric, "system": system, "opponent": opponent, "judge": judge}
+    """Return the row of a figure, or None.
+
+    `sampling` is empty for figures of the human lines alone, and `ancestral` for the KL.
+    """
+    wanted = {
+        "metric": metric,
+        "system": system,
+        "opponent": opponent,
+        "judge": judge,
+        "sampling": sampling,
+    }
     return next((row for row in rows if all(row[k] == v for k, v in wanted.items())), None)
 
 
 def conclusion(rows: Rows) -> str:
-    """Return in a sentence or two whether the policy beats the reference, and at which price.
+    """Return in some sentences what the figures say: `warnings_of` first, then `gains`."""
+    return " ".join([*warnings_of(rows), *gains(rows)])
+
+
+def warnings_of(rows: Rows) -> list[str]:
+    """Return a sentence for each way of decoding in which the policy's answers are not its own.
+
+    Either they have collapsed, or each of them is the reference's. They have collapsed when one of
+    these holds:
+
+    - More than half of them begin with one word (or one opening of three words), and the reference
+      has its own most common one significantly less often: the two Wilson intervals do not overlap.
+    - They have at most half as many different first words as the reference's answers, which have
+      at least 20; of fewer, half can be lost by chance.
+    """
+    return [
+        sentence
+        for sampling in ANSWERED
+        for sentence in (_collapse(rows, sampling), _copy(rows, sampling))
+        if sentence
+    ]
+
+
+def gains(rows: Rows) -> list[str]:
+    """Return whether the policy beats the reference, and at which price.
+
+    There is a text for greedy answers, and one for sampled answers where there are any.
 
     The judge is the known gold where there is one, otherwise the gold ranker, otherwise the ranker.
     """
     for judge in ("gold", "gold_ranker", "ranker"):
-        row = find(rows, "win_rate", opponent=REFERENCE, judge=judge)
-        if row is not None:
-            return f"{_gain(row, judge)} {_price(rows)}".strip()
-    return "Nothing was judged, so nothing is known of a gain."
+        found = {
+            sampling: find(rows, "win_rate", opponent=REFERENCE, judge=judge, sampling=sampling)
+            for sampling in ANSWERED
+        }
+        texts = [
+            f"{_gain(row, judge)} {_price(rows, sampling)}".strip()
+            for sampling, row in found.items()
+            if row is not None
+        ]
+        if texts:
+            return texts
+    return ["Nothing was judged, so nothing is known of a gain."]
+
+
+def _collapse(rows: Rows, sampling: str) -> str:
+    name = "sampled answers" if sampling == SAMPLED else "answers"
+    for metric in ("top_first_word_share", "top_opening_share"):
+        ours, theirs = _both(rows, metric, sampling)
+        if ours is None or theirs is None:
+            continue
+        if ours["value"] > COLLAPSED_SHARE and ours["low"] > theirs["high"]:
+            share, other = _of_ten(ours["value"], theirs["value"])
+            return (
+                f"{share} {name} begin alike ({words_of(ours)}, SFT {other}): "
+                "the policy has collapsed."
+            )
+    ours, theirs = _both(rows, "distinct_first_words", sampling)
+    if ours is None or theirs is None or theirs["value"] < FEW_FIRST_WORDS:
+        return ""
+    if ours["value"] <= COLLAPSED_VARIETY * theirs["value"]:
+        return (
+            f"The {ours['num_prompts']} {name} begin with {ours['value']:.0f} different words "
+            f"(SFT {theirs['value']:.0f}): the policy has collapsed."
+        )
+    return ""
+
+
+def _copy(rows: Rows, sampling: str) -> str:
+    row = find(rows, "same_as_reference_share", opponent=REFERENCE, sampling=sampling)
+    if row is None or row["value"] < 1:
+        return ""
+    name = "sampled answer" if sampling == SAMPLED else "answer"
+    return f"The policy gave the same {name} as SFT to every prompt."
+
+
+def _both(
+    rows: Rows, metric: str, sampling: str
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    return (
+        find(rows, metric, sampling=sampling),
+        find(rows, metric, system=REFERENCE, sampling=sampling),
+    )
+
+
+def words_of(row: Mapping[str, Any]) -> str:
+    """Return the words that a figure counts, as they are shown."""
+    return f"`{row['text']}`" if row["text"] else "no word"
+
+
+def _of_ten(share: float, other: float) -> tuple[str, str]:
+    """Return two shares, the first one the larger, as "9 of 10", or of 100 where that hides much.
+
+    It would where both are as many of 10, or where the larger one is nearly all.
+    """
+    tens, others = round(10 * share), round(10 * other)
+    if tens < 10 and tens != others:
+        return f"{tens} of 10", f"{others} of 10"
+    if share == 1:
+        return "All", f"{round(100 * other)} of 100"
+    return f"{min(99, round(100 * share))} of 100", f"{round(100 * other)} of 100"
 
 
 def _gain(row: Mapping[str, Any], judge: str) -> str:
     name = {"gold": "the known synthetic gold", "gold_ranker": "the gold ranker"}.get(
         judge, "the ranker it was trained with"
     )
+    is_sampled = row["sampling"] == SAMPLED
+    where, who = ("On sampled answers", "it") if is_sampled else (f"Under {name}", "the policy")
     figure = (
         f"{100 * row['value']:.1f} % of {row['num_prompts']} prompts "
         f"(95 % interval {100 * row['low']:.1f} to {100 * row['high']:.1f})"
     )
     if row["low"] > EVEN:
-        return f"Under {name} the policy beats SFT: it wins {figure}, separated from 50 %."
+        return f"{where} {who} beats SFT: it wins {figure}, separated from 50 %."
     if row["high"] < EVEN:
-        return f"Under {name} the policy is worse than SFT: it wins {figure}, separated from 50 %."
+        return f"{where} {who} is worse than SFT: it wins {figure}, separated from 50 %."
     return (
-        f"Under {name} no gain over SFT is shown: the policy wins {figure}, "
-        "an interval that includes 50 %."
+        f"{where} no gain over SFT is shown: {who} wins {figure}, an interval that includes 50 %."
     )
 
 
-def _price(rows: Rows) -> str:
+def _price(rows: Rows, sampling: str) -> str:
     """Return what moved, beyond its interval, in directions that no judge was asked about."""
     names = {"rouge_l": "ROUGE-L with the human line", "mean_words": "length in words"}
     moved = []
     for metric, name in names.items():
-        row = find(rows, f"{metric}_difference", opponent=REFERENCE)
+        row = find(rows, f"{metric}_difference", opponent=REFERENCE, sampling=sampling)
         if row is not None and (row["low"] > 0 or row["high"] < 0):
             direction = "rose" if row["value"] > 0 else "fell"
             digits = 1 if metric == "mean_words" else 3
@@ -229,17 +376,77 @@ def _price(rows: Rows) -> str:
     return f"Meanwhile {' and '.join(moved)} a prompt." if moved else ""
 
 
-def _responses(generations: Rows, prompts: Rows) -> dict[str, dict[str, str]]:
-    """Return system -> prompt_id -> greedy response, with the human lines of the same prompts."""
-    texts: dict[str, dict[str, str]] = {POLICY: {}, REFERENCE: {}, HUMAN: {}}
-    for row in sorted(generations, key=lambda row: (row["prompt_id"], row["sample_index"])):
-        if row["sampling"] == "greedy":
-            texts.setdefault(row["system"], {}).setdefault(row["prompt_id"], row["response"])
-    judged = set[str]().union(*texts.values())
-    for row in sorted(prompts, key=lambda row: str(row["prompt_id"])):
-        if row["target"] is not None and row["prompt_id"] in judged:
-            texts[HUMAN][row["prompt_id"]] = row["target"]
-    return texts
+def _responses(generations: Rows, prompts: Rows, sampling: str) -> dict[str, dict[str, str]]:
+    """Return system -> prompt_id -> response, with the human lines of the same prompts."""
+    texts: dict[str, dict[str, str]] = {POLICY: {}, REFERENCE: {}}
+    decoded = [row for row in generations if row["sampling"] == sampling]
+    for row in sorted(decoded, key=lambda row: (row["prompt_id"], row["sample_index"])):
+        texts.setdefault(row["system"], {}).setdefault(row["prompt_id"], row["response"])
+    return texts | {HUMAN: _human_lines(decoded, prompts)}
+
+
+def _human_lines(generations: Rows, prompts: Rows) -> dict[str, str]:
+    """Return prompt_id -> human line of the prompts that were answered."""
+    answered = {row["prompt_id"] for row in generations}
+    return {
+        row["prompt_id"]: row["target"]
+        for row in sorted(prompts, key=lambda row: str(row["prompt_id"]))
+        if row["target"] is not None and row["prompt_id"] in answered
+    }
+
+
+def _figures_of_texts(
+    texts: Mapping[str, Mapping[str, str]],
+    prompts: Rows,
+    sampling: str,
+    seed: int,
+    labeller: Labeller | None,
+) -> list[Row]:
+    """Return all figures of system -> prompt_id -> response, and policy minus reference."""
+    prompt_of = {row["prompt_id"]: row for row in prompts}
+    per_prompt = {
+        system: _text_figures(answers, prompt_of, labeller, is_human=system == HUMAN)
+        for system, answers in texts.items()
+        if answers
+    }
+    rows = [
+        _figure(system, metric, bootstrap_mean(list(values.values()), seed=seed))
+        for system, figures in per_prompt.items()
+        for metric, values in figures.items()
+    ]
+    for system in per_prompt:
+        rows += _variety(system, list(texts[system].values()), seed)
+    rows += _differences(per_prompt, seed)
+    rows += _copies(texts)
+    return [row | {"sampling": sampling} for row in rows]
+
+
+def _variety(system: str, answers: Sequence[str], seed: int) -> list[Row]:
+    """Return how alike the answers of one system to different prompts are."""
+    count = len(answers)
+    rows = [
+        _plain_figure(system, "distinct_words", distinct_words(answers), count),
+        _plain_figure(system, "distinct_first_words", distinct_first_words(answers), count),
+        _opening_figure(system, "top_first_word_share", top_opening(answers, 1), count),
+        _opening_figure(
+            system, "top_opening_share", top_opening(answers, WORDS_OF_AN_OPENING), count
+        ),
+        _figure(system, "repeated_share", wilson(num_repeated(answers), count)),
+    ]
+    if count > 1:
+        similarity = mean_similarity(answers, seed=seed)
+        rows.append(_plain_figure(system, "mean_similarity", similarity, count))
+    return rows
+
+
+def _copies(texts: Mapping[str, Mapping[str, str]]) -> list[Row]:
+    """Return the share of prompts to which policy and reference gave exactly the same answer."""
+    ours, theirs = texts.get(POLICY, {}), texts.get(REFERENCE, {})
+    both = ours.keys() & theirs.keys()
+    if not both:
+        return []
+    share = wilson(sum(ours[i] == theirs[i] for i in both), len(both))
+    return [_figure(POLICY, "same_as_reference_share", share, opponent=REFERENCE)]
 
 
 def _text_figures(
@@ -267,41 +474,45 @@ def _text_figures(
 
 
 def _win_rates(judgements: Rows) -> list[Row]:
-    contests: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    verdicts_of: dict[tuple[Contest, str], list[str]] = defaultdict(list)
     for row in judgements:
-        contests[row["system"], row["opponent"], row["judge"]].append(row["verdict"])
+        verdicts_of[_contest(row), row["judge"]].append(row["verdict"])
     rows = []
-    for (system, opponent, judge), verdicts in contests.items():
+    for (contest, judge), verdicts in verdicts_of.items():
         rate = win_rate([POINTS[verdict] for verdict in verdicts])
         ties = wilson(verdicts.count("tie"), len(verdicts))
-        rows.append(_figure(system, "win_rate", rate, opponent=opponent, judge=judge))
-        rows.append(_figure(system, "tie_share", ties, opponent=opponent, judge=judge))
+        rows.append(_contest_figure(contest, judge, "win_rate", rate))
+        rows.append(_contest_figure(contest, judge, "tie_share", ties))
     return rows
 
 
 def _agreements(judgements: Rows) -> list[Row]:
     """Return how often each judge sides with the gold where the gold decided, ties one half."""
-    gold = {_place(row): row["verdict"] for row in judgements if row["judge"] == "gold"}
-    shared: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    gold = {
+        (row["prompt_id"], _contest(row)): row["verdict"]
+        for row in judgements
+        if row["judge"] == "gold"
+    }
+    shared: dict[tuple[Contest, str], list[float]] = defaultdict(list)
     for row in judgements:
-        truth = gold.get(_place(row), "tie")
+        truth = gold.get((row["prompt_id"], _contest(row)), "tie")
         if row["judge"] != "gold" and truth != "tie":
             agreement = 1 - abs(POINTS[row["verdict"]] - POINTS[truth])
-            shared[row["system"], row["opponent"], row["judge"]].append(agreement)
+            shared[_contest(row), row["judge"]].append(agreement)
     return [
-        _figure(system, "agreement_with_gold", win_rate(values), opponent=opponent, judge=judge)
-        for (system, opponent, judge), values in shared.items()
+        _contest_figure(contest, judge, "agreement_with_gold", win_rate(values))
+        for (contest, judge), values in shared.items()
     ]
 
 
 def _truncation(generations: Rows) -> list[Row]:
-    cut: dict[str, list[bool]] = defaultdict(list)
+    cut: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for row in generations:
-        if row["sampling"] == "greedy":
-            cut[row["system"]].append(row["finish_reason"] == "length")
+        if row["sampling"] in ANSWERED:
+            cut[row["system"], row["sampling"]].append(row["finish_reason"] == "length")
     return [
-        _figure(system, "truncated_share", wilson(sum(flags), len(flags)))
-        for system, flags in cut.items()
+        _figure(system, "truncated_share", wilson(sum(flags), len(flags)), sampling=sampling)
+        for (system, sampling), flags in cut.items()
     ]
 
 
@@ -333,23 +544,31 @@ def _judgement(judge: str, match: Match, verdict: str, probability: float) -> Ro
         "system": match.system,
         "opponent": match.opponent,
         "judge": judge,
+        "sampling": match.sampling,
         "verdict": verdict,
         "probability": probability,
-        "is_flipped": False,
     }
 
 
 def _figure(
-    system: str, metric: str, interval: Interval, *, opponent: str = "", judge: str = ""
+    system: str,
+    metric: str,
+    interval: Interval,
+    *,
+    opponent: str = "",
+    judge: str = "",
+    sampling: str = "",
 ) -> Row:
     return {
         "system": system,
         "opponent": opponent,
         "judge": judge,
+        "sampling": sampling,
         "metric": metric,
         "value": interval.value,
         "low": interval.low,
         "high": interval.high,
+        "text": None,
         "num_prompts": interval.n,
     }
 
@@ -359,8 +578,24 @@ def _plain_figure(system: str, metric: str, value: float, num_prompts: int) -> R
     return row | {"low": None, "high": None}
 
 
-def _place(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return row["prompt_id"], row["system"], row["opponent"]
+def _opening_figure(system: str, metric: str, opening: Opening, count: int) -> Row:
+    row = _figure(system, metric, wilson(opening.num_texts, count))
+    return row | {"text": opening.words}
+
+
+def _contest_figure(contest: Contest, judge: str, metric: str, interval: Interval) -> Row:
+    return _figure(
+        contest.system,
+        metric,
+        interval,
+        opponent=contest.opponent,
+        judge=judge,
+        sampling=contest.sampling,
+    )
+
+
+def _contest(row: Mapping[str, Any]) -> Contest:
+    return Contest(row["system"], row["opponent"], row["sampling"])
 
 
 def _num_words(text: str) -> int:

@@ -19,7 +19,21 @@ from rich.text import Text
 
 from rso import charts, seeds
 from rso.artifact import Artifact
-from rso.evaluation import CONTESTS, HUMAN, JUDGES, POLICY, REFERENCE, conclusion, find
+from rso.evaluation import (
+    ANCESTRAL,
+    ANSWERED,
+    CONTESTS,
+    GREEDY,
+    HUMAN,
+    JUDGES,
+    POLICY,
+    REFERENCE,
+    SAMPLED,
+    find,
+    gains,
+    warnings_of,
+    words_of,
+)
 
 Row = Mapping[str, Any]
 
@@ -37,15 +51,27 @@ JUDGE_MEANINGS = {
     "length": "prefers the response with more words and looks at nothing else",
 }
 HISTOGRAM_BINS = 24
+KL_NAME = "KL from SFT, nats a response"
 
 
 class TextFigure(NamedTuple):
-    """A row of the table of answers: the metric, its heading and the digits it is shown with."""
+    """A row of the table of answers: the metric, its heading and the digits it is shown with.
+
+    `opponent` is the system with which the figure compares.
+    """
 
     metric: str
     name: str
     digits: int
     scale: float = 1.0
+    opponent: str = ""
+
+
+class Cell(NamedTuple):
+    """A figure as it is shown, and the words that it counts, if any."""
+
+    value: str
+    words: str = ""
 
 
 TEXT_FIGURES = (
@@ -53,6 +79,12 @@ TEXT_FIGURES = (
     TextFigure("rouge_l", "ROUGE-L with the human line", 3),
     TextFigure("chrf", "chrF with the human line", 3),
     TextFigure("distinct_words", "Distinct words, share of all", 3),
+    TextFigure("top_first_word_share", "Most common first word, %", 1, 100.0),
+    TextFigure("top_opening_share", "Most common first 3 words, %", 1, 100.0),
+    TextFigure("distinct_first_words", "Different first words", 0),
+    TextFigure("repeated_share", "Repeat another answer, %", 1, 100.0),
+    TextFigure("mean_similarity", "Similarity of two answers", 3),
+    TextFigure("same_as_reference_share", "Repeat SFT's answer, %", 1, 100.0, REFERENCE),
     TextFigure("gold_score", "Gold points (synthetic)", 2),
     TextFigure("truncated_share", "Cut off at the longest length, %", 1, 100.0),
     TextFigure("empty_share", "Empty, %", 1, 100.0),
@@ -87,10 +119,12 @@ class ScoringRanker:
     """How far the ranker that scored can be believed: counters of `score` and its bins of margin.
 
     Without held-out comparisons there are no bins, without flipped pairs no bias in the counters.
+    `advice` warns where the slot of a response decides too much.
     """
 
     counters: Mapping[str, float]
     by_margin: Sequence[Row] = ()
+    advice: str | None = None
 
 
 @dataclass(frozen=True)
@@ -176,11 +210,13 @@ def build(data: ReportData) -> str:
     return environment.get_template("report.html").render(
         data=data,
         css=(Path(__file__).parent / "report.css").read_text(encoding="utf-8"),
-        conclusion=conclusion(data.metrics),
+        warnings=warnings_of(data.metrics),
+        gains=gains(data.metrics),
         contests=win_rate_blocks(data.metrics),
         axis=charts.forest_axis(),
-        text_rows=text_rows(data.metrics),
-        kl=find(data.metrics, "kl", opponent=REFERENCE),
+        text_blocks=text_blocks(data.metrics),
+        kl=_kl(data.metrics),
+        kl_name=KL_NAME,
         agreements=_agreements(data.metrics),
         system_names=SYSTEM_NAMES,
         judge_names=JUDGE_NAMES,
@@ -196,11 +232,16 @@ def build(data: ReportData) -> str:
 
 
 def terminal_table(metrics: Sequence[Row], stages: Sequence[StageSummary] = ()) -> RenderableType:
-    """Return the win rates, the look of the answers and the stages' times for a rich console."""
+    """Return the win rates, the look of the answers and the stages' times for a rich console.
+
+    Below stand the warnings about the answers, and what was gained.
+    """
     parts: list[RenderableType] = [_win_rate_table(metrics), _text_table(metrics)]
     if stages:
         parts.append(_stage_table(stages))
-    return Group(*parts, Text(conclusion(metrics), style="bold"))
+    parts += [Text(sentence, style="bold yellow") for sentence in warnings_of(metrics)]
+    parts += [Text(text, style="bold") for text in gains(metrics)]
+    return Group(*parts)
 
 
 def stage_summary(artifact: Artifact, *, is_cached: bool = False) -> StageSummary:
@@ -256,18 +297,21 @@ def pick_examples(
     num_examples: int,
     seed: int,
 ) -> list[Example]:
-    """Return examples drawn by key from all prompts that were judged: nobody chose them."""
+    """Return examples drawn by key from all prompts that were judged: nobody chose them.
+
+    Responses and verdicts are the greedy ones.
+    """
     prompt_of = {row["prompt_id"]: row for row in prompts}
     texts: dict[str, dict[str, str]] = {}
     for row in generations:
-        if row["sampling"] == "greedy":
+        if row["sampling"] == GREEDY:
             texts.setdefault(row["prompt_id"], {})[row["system"]] = row["response"]
     complete = sorted(i for i, found in texts.items() if {POLICY, REFERENCE} <= found.keys())
     drawn = [complete[i] for i in seeds.order(complete, "examples", seed)[:num_examples]]
     verdicts: dict[str, dict[str, str]] = {prompt_id: {} for prompt_id in drawn}
     for row in judgements:
-        is_main = (row["system"], row["opponent"]) == (POLICY, REFERENCE)
-        if is_main and row["prompt_id"] in verdicts:
+        contest = row["system"], row["opponent"], row["sampling"]
+        if contest == (POLICY, REFERENCE, GREEDY) and row["prompt_id"] in verdicts:
             verdicts[row["prompt_id"]][row["judge"]] = row["verdict"]
     return [
         Example(
@@ -285,10 +329,10 @@ def pick_examples(
 def win_rate_blocks(metrics: Sequence[Row]) -> list[dict[str, Any]]:
     """Return a block a contest: its name and, a judge a row, figure, ties and forest plot."""
     blocks = []
-    for system, opponent in CONTESTS:
+    for contest in CONTESTS:
         rows = []
         for judge in JUDGES:
-            place = {"system": system, "opponent": opponent, "judge": judge}
+            place = {**contest._asdict(), "judge": judge}
             rate = find(metrics, "win_rate", **place)
             if rate is not None:
                 rows.append(
@@ -302,28 +346,57 @@ def win_rate_blocks(metrics: Sequence[Row]) -> list[dict[str, Any]]:
                     }
                 )
         if rows:
-            name = f"{SYSTEM_NAMES[system]} against {_opponent_name(opponent)}"
-            blocks.append({"name": name, "rows": rows})
+            name = f"{SYSTEM_NAMES[contest.system]} against {_opponent_name(contest.opponent)}"
+            is_sampled = contest.sampling == SAMPLED
+            blocks.append({"name": f"{name}, sampled" if is_sampled else name, "rows": rows})
     return blocks
 
 
-def text_rows(metrics: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the table of answers: a row a figure, a cell a system, and policy minus SFT."""
+def text_blocks(metrics: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the tables of greedy and of sampled answers, each with its name and `text_rows`."""
+    blocks = [
+        {"name": f"{sampling.capitalize()} answers", "rows": text_rows(metrics, sampling)}
+        for sampling in ANSWERED
+    ]
+    return [block for block in blocks if block["rows"]]
+
+
+def text_rows(metrics: Sequence[Row], sampling: str) -> list[dict[str, Any]]:
+    """Return the table of answers: a row a figure, a cell a system, and policy minus SFT.
+
+    Human lines are the same beside greedy and beside sampled answers.
+    """
     rows = []
     for figure in TEXT_FIGURES:
-        found = {s: find(metrics, figure.metric, system=s) for s in SYSTEM_NAMES}
-        if any(found.values()):
-            difference = find(metrics, f"{figure.metric}_difference", opponent=REFERENCE)
-            rows.append(
-                {
-                    "name": figure.name,
-                    "cells": [_cell(found[s], figure) for s in (POLICY, REFERENCE, HUMAN)],
-                    "difference": _difference_cell(difference, figure),
-                    "is_clear": difference is not None
-                    and (difference["low"] > 0 or difference["high"] < 0),
-                }
+        found = {
+            system: find(
+                metrics,
+                figure.metric,
+                system=system,
+                opponent=figure.opponent,
+                sampling="" if system == HUMAN else sampling,
             )
+            for system in (POLICY, REFERENCE, HUMAN)
+        }
+        if found[POLICY] is None and found[REFERENCE] is None:
+            continue
+        difference = find(
+            metrics, f"{figure.metric}_difference", opponent=REFERENCE, sampling=sampling
+        )
+        rows.append(
+            {
+                "name": figure.name,
+                "cells": [_cell(row, figure) for row in found.values()],
+                "difference": _difference_cell(difference, figure),
+                "is_clear": difference is not None
+                and (difference["low"] > 0 or difference["high"] < 0),
+            }
+        )
     return rows
+
+
+def _kl(metrics: Sequence[Row]) -> Row | None:
+    return find(metrics, "kl", opponent=REFERENCE, sampling=ANCESTRAL)
 
 
 def _judge_meanings(data: ReportData) -> dict[str, str]:
@@ -386,12 +459,16 @@ def _text_table(metrics: Sequence[Row]) -> Table:
     table.add_column("")
     for heading in ("policy", "SFT", "human", "policy - SFT [95 %]"):
         table.add_column(Text(heading), justify="right")
-    for row in text_rows(metrics):
-        table.add_row(row["name"], *map(Text, (*row["cells"], row["difference"])))
-    kl = find(metrics, "kl", opponent=REFERENCE)
+    for block in text_blocks(metrics):
+        table.add_row(Text(block["name"], style="bold"))
+        for row in block["rows"]:
+            cells = ["\n".join(filter(None, cell)) for cell in row["cells"]]
+            table.add_row(row["name"], *map(Text, (*cells, row["difference"])))
+        table.add_section()
+    kl = _kl(metrics)
     if kl is not None:
         interval = f"[{kl['low']:.2f}, {kl['high']:.2f}]"
-        table.add_row("KL from SFT, nats a response", f"{kl['value']:.2f}", "", "", Text(interval))
+        table.add_row(KL_NAME, f"{kl['value']:.2f}", "", "", Text(interval))
     return table
 
 
@@ -410,8 +487,11 @@ def _stage_table(stages: Sequence[StageSummary]) -> Table:
     return table
 
 
-def _cell(row: Row | None, figure: TextFigure) -> str:
-    return "–" if row is None else f"{figure.scale * row['value']:.{figure.digits}f}"
+def _cell(row: Row | None, figure: TextFigure) -> Cell:
+    if row is None:
+        return Cell("–")
+    words = "" if row["text"] is None else words_of(row)
+    return Cell(f"{figure.scale * row['value']:.{figure.digits}f}", words)
 
 
 def _difference_cell(row: Row | None, figure: TextFigure) -> str:

@@ -1,11 +1,25 @@
-"""What can be read off a text without a model: overlap with a reference, and variety of words."""
+"""What can be read off texts without a model: overlap with a reference, variety, and likeness."""
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from rso import seeds
 
 _CHRF_ORDERS = range(1, 7)
 _CHRF_BETA_SQUARED = 4.0
+
+MAX_PAIRS = 20_000
+"""Most pairs of texts that `mean_similarity` compares."""
+
+
+class Opening(NamedTuple):
+    """The first words of a text, lower-cased, and the number of texts that begin with them."""
+
+    words: str
+    num_texts: int
 
 
 def chrf(hypothesis: str, reference: str) -> float:
@@ -43,6 +57,70 @@ def distinct_words(texts: Iterable[str]) -> float:
     """
     counts = Counter(word for text in texts for word in _words(text))
     return len(counts) / counts.total() if counts else 0.0
+
+
+def top_opening(texts: Iterable[str], num_words: int) -> Opening:
+    """Return the most common first `num_words` words; of equally common ones the first by alphabet.
+
+    Words are as in `rouge_l`, joined by spaces. A shorter text has all of its words as its opening,
+    and a text without words has an empty one.
+
+    Raises:
+        ValueError: there are no texts.
+    """
+    counts = Counter(" ".join(_words(text)[:num_words]) for text in texts)
+    if not counts:
+        raise ValueError("top_opening: no texts, expected at least one: leave out the figure")
+    return Opening(*min(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def distinct_first_words(texts: Iterable[str]) -> int:
+    """Return how many different first words the texts have, lower-cased.
+
+    A text without words adds none.
+    """
+    return len({words[0] for text in texts if (words := _words(text))})
+
+
+def num_repeated(texts: Iterable[str]) -> int:
+    """Return how many of the texts equal another one, but for case and amount of white space."""
+    counts = Counter(" ".join(text.lower().split()) for text in texts)
+    return sum(count for count in counts.values() if count > 1)
+
+
+def mean_similarity(texts: Sequence[str], *, seed: int, max_pairs: int = MAX_PAIRS) -> float:
+    """Return the mean similarity of two of the texts, in [0, 1].
+
+    The similarity of a pair is the Jaccard index of their sets of words: shared words by words of
+    either. Two texts without words have 1. The mean is over all pairs. Where there are more than
+    `max_pairs` it is over `max_pairs` of them, drawn with replacement by `seed`; the same places of
+    two lists of equal length are then compared.
+
+    Raises:
+        ValueError: there are fewer than two texts.
+    """
+    if len(texts) < 2:
+        raise ValueError(
+            f"mean_similarity: {len(texts)} texts, expected at least two: leave out the figure"
+        )
+    sets = [frozenset(_words(text)) for text in texts]
+    return _mean([_jaccard(sets[i], sets[j]) for i, j in _pairs(len(sets), seed, max_pairs)])
+
+
+def _pairs(count: int, seed: int, max_pairs: int) -> Iterator[tuple[int, int]]:
+    if count * (count - 1) // 2 <= max_pairs:
+        yield from itertools.combinations(range(count), 2)
+        return
+    draws = seeds.generator("similarity", seed)
+    firsts = draws.integers(count, size=max_pairs)
+    steps = draws.integers(1, count, size=max_pairs)
+    for first, step in zip(firsts.tolist(), steps.tolist(), strict=True):
+        yield first, (first + step) % count
+
+
+def _jaccard(ours: frozenset[str], theirs: frozenset[str]) -> float:
+    either = len(ours | theirs)
+    return len(ours & theirs) / either if either else 1.0
 
 
 def _words(text: str) -> list[str]:

@@ -15,7 +15,7 @@ SCHEMA = schema(
         field(
             "sampling",
             pa.string(),
-            "greedy, or ancestral (temperature 1, untruncated; for KL)",
+            "greedy, sampled (`evaluate.sampling`), or ancestral (temperature 1, untruncated; KL)",
         ),
         field("response", pa.string(), "decoded text"),
         field("token_ids", pa.list_(pa.int32()), "generated tokens"),

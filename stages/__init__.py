@@ -41,7 +41,8 @@ def stages(config: Config) -> tuple[Stage, ...]:
 
     With human comparisons `compare` is not there; with `pair.source: direct` nothing is decoded;
     `targets` is there when `targets.method` names one, and where the policy learns from them
-    (`train_policy.loss: cross_entropy`) there are no pairs.
+    (`train_policy.loss: cross_entropy`) there are no pairs. `train_gold_ranker: null` leaves that
+    stage out, and `evaluate` judges without it.
 
     Raises:
         UserError: targets or objectives are wanted where nothing is decoded, or the policy is to
@@ -114,7 +115,11 @@ def stages(config: Config) -> tuple[Stage, ...]:
                 "comparisons",
             )
         )
-    table += [ranker("train_ranker"), ranker("train_gold_ranker")]
+    table.append(ranker("train_ranker"))
+    gold_ranker = {}
+    if config.train_gold_ranker is not None:
+        table.append(ranker("train_gold_ranker"))
+        gold_ranker = {"gold_ranker": "train_gold_ranker/ranker"}
     rankers = {"ranker": "train_ranker/ranker"}
     # What compares with the ranker that scored, which may be several.
     scored = rankers if direct else {**rankers, "objectives": "score/objectives"}
@@ -217,7 +222,7 @@ def stages(config: Config) -> tuple[Stage, ...]:
                 "policy": "train_policy/policy",
                 **reference,
                 **scored,
-                "gold_ranker": "train_gold_ranker/ranker",
+                **gold_ranker,
             },
             ("generations", "judgements", "metrics"),
             (*models, *ranking, "comparisons", "evaluate"),

@@ -3,20 +3,20 @@
 from dataclasses import replace
 
 from pipelines.decode import Decoding
-from pipelines.evaluate import ANCESTRAL, GREEDY, GenerateShard, JudgeShard, MergeShard
+from pipelines.evaluate import GenerateShard, JudgeShard, MergeShard
 from pipelines.logps import PolicySource
-from pipelines.score import RankerSource
+from pipelines.score import AnyRanker, RankerSource
 from pipelines.shards import Counters
 from pipelines.tables import select_ids, table_of
 from rso.decoding import Sampling
-from rso.evaluation import metrics
+from rso.evaluation import ANCESTRAL, GREEDY, POLICY, REFERENCE, SAMPLED, metrics
 from rso.labelling import labeller
 from rso.parquet import write_shard
 from stages.context import Context, Outcome
 from stages.prompts import choose_prompts
 from stages.rankers import ranker_of_run
 
-SYSTEMS = ("policy", "reference")
+SYSTEMS = (POLICY, REFERENCE)
 
 
 def run(context: Context) -> Outcome:
@@ -24,7 +24,11 @@ def run(context: Context) -> Outcome:
     config = context.config
     settings = config.evaluate
     prompt_ids = choose_prompts(context, settings.split, settings.num_prompts)
-    chosen = {GREEDY: prompt_ids, ANCESTRAL: prompt_ids[: settings.num_kl_prompts]}
+    chosen = {
+        GREEDY: prompt_ids,
+        SAMPLED: prompt_ids,
+        ANCESTRAL: prompt_ids[: settings.num_kl_prompts],
+    }
     counters: Counters = {}
     for system in SYSTEMS:
         counters |= context.map(
@@ -45,15 +49,9 @@ def run(context: Context) -> Outcome:
         scratch_inputs={f"{system}/generations": "generations" for system in SYSTEMS},
         outputs=["generations"],
     )
-    rankers = {
-        "ranker": ranker_of_run(context),
-        "gold_ranker": RankerSource(
-            context.directory("gold_ranker"), config.compute, config.templates
-        ),
-    }
     counters |= context.map(
         "judge",
-        JudgeShard(rankers, config.comparisons.labeller),
+        JudgeShard(_rankers(context), config.comparisons.labeller),
         inputs=["prompts"],
         work_inputs=["generations"],
         outputs=["judgements"],
@@ -62,7 +60,21 @@ def run(context: Context) -> Outcome:
     return Outcome(counters)
 
 
+def _rankers(context: Context) -> dict[str, AnyRanker]:
+    """Return the rankers that judge: that of the run, and the gold ranker where there is one."""
+    rankers = {"ranker": ranker_of_run(context)}
+    if "gold_ranker" in context.inputs:
+        config = context.config
+        directory = context.directory("gold_ranker")
+        rankers["gold_ranker"] = RankerSource(directory, config.compute, config.templates)
+    return rankers
+
+
 def _decodings(context: Context, system: str) -> dict[str, Decoding]:
+    """Return how a system is decoded, by the name of each way.
+
+    Draws are keyed by seed and prompt, so both systems draw with the same random numbers.
+    """
     settings = context.config.evaluate
     greedy = Decoding(
         label=f"{system} greedy",
@@ -74,15 +86,15 @@ def _decodings(context: Context, system: str) -> dict[str, Decoding]:
         seed=context.config.seed,
         journal=f"{context.work.scratch}/answers/{system}",
     )
-    if system == "reference" or not settings.num_kl_prompts:
-        return {GREEDY: greedy}
-    # KL(policy || reference) needs samples of the policy alone, neither cooled nor truncated.
-    ancestral = replace(
-        greedy,
-        label=f"{system} samples",
-        sampling=replace(greedy.sampling, temperature=1.0),
-    )
-    return {GREEDY: greedy, ANCESTRAL: ancestral}
+    decodings = {GREEDY: greedy}
+    if settings.sampling is not None:
+        sampling = replace(greedy.sampling, **settings.sampling.model_dump())
+        decodings[SAMPLED] = replace(greedy, label=f"{system} sampled", sampling=sampling)
+    if system == POLICY and settings.num_kl_prompts:
+        # KL(policy || reference) needs samples of the policy alone, neither cooled nor truncated.
+        sampling = replace(greedy.sampling, temperature=1.0)
+        decodings[ANCESTRAL] = replace(greedy, label=f"{system} for the KL", sampling=sampling)
+    return decodings
 
 
 def _write_metrics(context: Context, prompt_ids: list[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rso import length_bias
 from rso.artifact import Artifact
+from rso.calibration import bias_advice
 from rso.diagnostics import advice
 from rso.manifest import Manifest
 from rso.report import (
@@ -23,7 +24,12 @@ from rso.report import (
 from stages.context import Context, Outcome
 
 # The figure of each training curve that the report draws.
-METRICS = {"loss": "loss", "win_rate": "win rate under the ranker", "accuracy": "accuracy"}
+METRICS = {
+    "loss": "loss",
+    "win_rate": "win rate under the ranker",
+    "mean_probability": "mean probability under the ranker",
+    "accuracy": "accuracy",
+}
 
 
 def run(context: Context) -> Outcome:
@@ -98,12 +104,18 @@ def _rankers(artifacts: dict[str, Artifact]) -> Iterator[HeldOutRanker]:
 
 
 def _scoring(manifest: Manifest) -> ScoringRanker:
-    return ScoringRanker(manifest.counters, manifest.curves.get("reliability", ()))
+    reliability = manifest.curves.get("reliability", ())
+    return ScoringRanker(manifest.counters, reliability, bias_advice(manifest.counters))
 
 
 def _sampling(manifest: Manifest) -> dict[str, Any]:
-    beta, points = manifest.config["reject"]["beta"], manifest.curves["betas"]
-    return {"beta": beta, "points": points, "advice": advice(points, manifest.counters, beta)}
+    settings, points = manifest.config["reject"], manifest.curves["betas"]
+    asked = {name: settings[name] for name in ("beta", "beta_unit", "num_samples")}
+    return {
+        "beta": manifest.counters["beta_nats"],
+        "points": points,
+        "advice": advice(points, manifest.counters, **asked),
+    }
 
 
 def _curves(artifacts: dict[str, Artifact]) -> Iterator[Curve]:

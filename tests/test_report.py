@@ -1,5 +1,6 @@
 """The report: self-contained, escaped, and complete with much and with little data."""
 
+import html
 import io
 import re
 from dataclasses import replace
@@ -64,7 +65,7 @@ def rows_of_a_run(num_prompts: int = 60) -> tuple[Rows, Rows, Rows]:
             "policy": f"Keep the lines that reader {i} reads." if i % 3 else "Return a value.",
         }
         for system, response in answers.items():
-            for sampling in ("greedy", "ancestral"):
+            for sampling in ("greedy", "sampled", "ancestral"):
                 generations.append(
                     {
                         "prompt_id": prompt_id,
@@ -86,6 +87,16 @@ def rows_of_a_run(num_prompts: int = 60) -> tuple[Rows, Rows, Rows]:
         logits = generator.normal(0.5, 1.0, len(played))
         judgements += evaluation.judge_by_logits(judge, played, logits)
     return prompts, generations, judgements
+
+
+def metrics_of_a_collapse() -> Rows:
+    """The figures of answers that all begin with one word, where SFT's have one each."""
+    prompts, generations, _ = rows_of_a_run(40)
+    for row in generations:
+        number = int(row["prompt_id"], 16)
+        row["response"] = f"<b>Return {number}" if row["system"] == "policy" else f"verb{number} it"
+    played = evaluation.matches(generations, prompts)
+    return evaluation.metrics(generations, evaluation.judge_by_length(played), prompts, seed=0)
 
 
 def accepted_table(num_prompts: int = 30, beta: float = 0.5) -> pa.Table:
@@ -257,6 +268,99 @@ def test_build_is_the_same_twice_and_works_without_data() -> None:
     assert "Nothing was judged" in build(empty)
 
 
+def test_build_names_a_collapse_in_boxes_above_the_gain() -> None:
+    page = build(replace(full_data(5), metrics=metrics_of_a_collapse()))
+    boxes = re.findall(r'class="(warning first|conclusion)">(?:\s*<p>)?(.*?)</p>', page)
+    assert [kind for kind, _ in boxes] == ["warning first", "warning first", "conclusion"]
+    said = "All answers begin alike (`b`, SFT 2 of 100): the policy has collapsed."
+    assert boxes[0][1] == said
+    assert boxes[1][1].startswith("All sampled answers begin alike (`b`")
+    assert "Nothing was judged" in boxes[2][1]
+
+
+def test_build_names_the_gain_on_greedy_and_on_sampled_answers(page: str) -> None:
+    box = page.partition('<div class="conclusion">')[2].partition("</div>")[0]
+    greedy, sampled = re.findall(r"<p>(.*?)</p>", box)
+    assert greedy.startswith("Under the known synthetic gold the policy beats SFT: it wins 66.7 %")
+    assert sampled.startswith("On sampled answers it beats SFT: it wins 66.7 %")
+
+
+def test_build_without_a_collapse_has_no_box_above_the_gain(page: str) -> None:
+    assert '<p class="warning first">' not in page
+    assert page.index('<div class="conclusion">') < page.index("Who wins")
+
+
+def table_after(page: str, heading: str) -> list[str]:
+    """Return the headings of the blocks and rows of the table below a heading of the page."""
+    table = page.partition(f"<h2>{heading}</h2>")[2].partition("</table>")[0]
+    return re.findall(r"<tr[^>]*>\s*<th[^>]*>(.*?)</th>", table.partition("<tbody>")[2])
+
+
+def test_build_shows_sampled_answers_beside_greedy_ones(page: str) -> None:
+    judges = list(report.JUDGE_NAMES.values())
+    wins = table_after(page, "Who wins")
+    blocks = [name for name in wins if name not in judges]
+    assert blocks == [
+        "Policy against SFT",
+        "Policy against SFT, sampled",
+        "Policy against the human line",
+        "SFT against the human line",
+    ]
+    assert sorted(wins) == sorted([*blocks, *judges * 4])
+    answers = table_after(page, "What the answers became")
+    figures = [figure.name for figure in report.TEXT_FIGURES]
+    assert [html.unescape(name) for name in answers] == [
+        "Greedy answers",
+        *figures,
+        "Sampled answers",
+        *figures,
+        "Samples at temperature 1, untruncated",
+        report.KL_NAME,
+    ]
+
+
+def test_text_rows_show_the_words_that_are_most_common() -> None:
+    rows = {row["name"]: row["cells"] for row in report.text_rows(full_data().metrics, "sampled")}
+    assert rows["Most common first word, %"] == [
+        ("66.7", "`keep`"),
+        ("100.0", "`return`"),
+        ("100.0", "`read`"),
+    ]
+    assert rows["Different first words"] == [("2", ""), ("1", ""), ("1", "")]
+    assert rows["Repeat SFT's answer, %"] == [("0.0", ""), ("–", ""), ("–", "")]
+
+
+def test_build_without_sampled_answers_has_no_empty_block() -> None:
+    data = full_data(10)
+    greedy = [row for row in data.metrics if row["sampling"] in ("greedy", "")]
+    page = build(replace(data, metrics=greedy))
+    assert "Greedy answers" in page
+    assert "sampled</th>" not in page and "Sampled answers" not in page
+    assert report.KL_NAME not in page
+
+
+def test_build_warns_of_the_slot_above_the_checks_of_the_ranker(page: str) -> None:
+    box = '<p class="warning">The slot decides &amp; not the text.</p>'
+    data = full_data(5)
+    assert data.scoring is not None and data.scoring.advice is None
+    advised = replace(data.scoring, advice="The slot decides & not the text.")
+    text = build(replace(data, scoring=advised))
+    assert text.index("the ranker that scored can be believed") < text.index(box)
+    assert text.index(box) < text.index("Held-out comparisons")
+    assert box not in page
+
+
+def test_terminal_table_names_a_collapse_above_the_gain() -> None:
+    console = Console(file=io.StringIO(), width=120, record=True)
+    console.print(report.terminal_table(metrics_of_a_collapse()))
+    text = console.export_text()
+    collapse = text.index("All answers begin alike (`b`, SFT 2 of 100): the policy has collapsed.")
+    sampled = text.index("All sampled answers begin alike")
+    assert collapse < sampled < text.index("Nothing was judged")
+    assert "Policy against SFT, sampled" in text
+    assert text.index("Greedy answers") < text.index("Sampled answers")
+
+
 def test_terminal_table_holds_the_figures_of_the_page() -> None:
     data = full_data()
     console = Console(file=io.StringIO(), width=120, record=True)
@@ -298,4 +402,7 @@ def test_pick_examples_is_keyed_and_order_free() -> None:
         generations[::-1], judgements[::-1], prompts[::-1], num_examples=10, seed=1
     )
     assert some != pick_examples(generations, judgements, prompts, num_examples=10, seed=2)
+    # sampled answers and the verdicts on them are not mixed in
+    others = [row for row in judgements if row["sampling"] == "greedy"]
+    assert some == pick_examples(generations, others, prompts, num_examples=10, seed=1)
     assert all(set(e.verdicts) == {"ranker", "gold_ranker", "gold", "length"} for e in some)

@@ -4,22 +4,34 @@ import html
 import itertools
 import math
 import re
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas
+import pyarrow as pa
 import pytest
 import system
 import torch
 from transformers import AutoModelForCausalLM
 
+from pipelines.decode import Decoding
+from pipelines.evaluate import GenerateShard
+from pipelines.score import RankerSource
+from rso.config import identity
+from rso.decoding import Request, Sampling, load_decoder
+from rso.errors import UserError
 from rso.models import load_tokenizer
-from rso.parquet import read_shard
+from rso.parquet import read_shard, write_shard
+from rso.ranking import Comparison
 from rso.templates import encode_prompt
 from schemas import SCHEMAS
+from stages import stages
+from stages.report import _sampling
 from stages.runner import run_stage
 
 STAGES = (
@@ -40,8 +52,9 @@ DATASETS = {
     "reject/diagnostics": 16 * 4,
     "pair/pairs": None,
     "logps/logps": None,
-    "evaluate/generations": 8 * 3,
-    "evaluate/judgements": 8 * 3 * 4,
+    # greedy and sampled of two systems, and one sample of the policy for the KL
+    "evaluate/generations": 8 * 5,
+    "evaluate/judgements": 8 * 4 * 4,
     "evaluate/metrics": None,
 }
 MODELS = ["train_sft/reference", "train_ranker/ranker", "train_gold_ranker/ranker"]
@@ -199,6 +212,23 @@ def test_decode_gives_each_prompt_its_samples_and_one_baseline(finished: system.
         assert math.isfinite(row["cumulative_logp"]) and row["cumulative_logp"] < 0
 
 
+def test_decode_takes_prompts_that_were_not_compared(finished: system.Run, tmp_path: Path) -> None:
+    """Both choose among the same training prompts, which here are enough for both."""
+    run = finished.copy(tmp_path / "store")
+    few = "decode.num_prompts=8"
+    run_stage(run.graph(few), "decode")
+
+    def prompts(place: str, *changes: str) -> set[str]:
+        return {row["prompt_id"] for row in run.rows(place, *changes)}
+
+    train = {prompt_id for prompt_id, split in split_of(run).items() if split == "train"}
+    compared = prompts("compare/comparisons") & train
+    decoded = prompts("decode/candidates", few)
+    assert len(train) >= 24 + 8 and len(decoded) == 8 and decoded <= train
+    assert not decoded & compared
+    assert decoded < prompts("decode/candidates")
+
+
 def test_score_rewards_are_the_candidates_each_against_its_baseline(finished: system.Run) -> None:
     candidates = by(finished.rows("decode/candidates"), "prompt_id", "response_id")
     rewards = by(finished.rows("score/rewards"), "prompt_id", "response_id")
@@ -233,6 +263,44 @@ def test_reject_records_what_each_beta_would_do(finished: system.Run) -> None:
     assert manifest.counters["accepted"] == len(accepted) == 4 * 16
     page = Path(finished.artifact("report").output("report"), "report.html").read_text()
     assert '<tr class="chosen">\n<td class="number">0.5</td>' in page
+
+
+def test_reject_in_spreads_is_reject_at_the_nats_that_it_records(
+    finished: system.Run, tmp_path: Path
+) -> None:
+    run = finished.copy(tmp_path / "store")
+    spreads = [
+        np.std([row["reward"] for row in rows]) for _, rows in groups(run.rows("score/rewards"))
+    ]
+    changes = ("reject.beta_unit=spread", "reject.beta=0.75", "reject.betas=[3.0]")
+    run_stage(run.graph(*changes), "reject")
+    manifest = run.artifact("reject", *changes).manifest
+    counters = manifest.counters
+    assert counters["reward_spread_median"] == pytest.approx(np.median(spreads))
+    assert counters["beta_nats"] == pytest.approx(0.75 * np.median(spreads))
+    betas = [0.0, counters["beta_nats"], 3.0 * counters["reward_spread_median"]]
+    assert [point["beta"] for point in manifest.curves["betas"]] == betas
+    assert {row["beta"] for row in run.rows("reject/diagnostics", *changes)} == set(betas)
+    assert _sampling(manifest)["beta"] == betas[1]
+
+    in_nats = (f"reject.beta={betas[1]!r}", f"reject.betas=[{betas[2]!r}]")
+    run_stage(run.graph(*in_nats), "reject")
+    for output in ("accepted", "diagnostics"):
+        assert run.rows(f"reject/{output}", *in_nats) == run.rows(f"reject/{output}", *changes)
+    assert run.artifact("reject", *in_nats).manifest.counters == counters
+
+
+def test_reject_records_the_beta_that_leaves_enough_effective_samples(
+    finished: system.Run, tmp_path: Path
+) -> None:
+    """As many effective samples as `reject.num_samples`, 4."""
+    run = finished.copy(tmp_path / "store")
+    better = finished.artifact("reject").manifest.counters["beta_advised_nats"]
+    change = f"reject.beta={better!r}"
+    run_stage(run.graph(change), "reject")
+    points = run.artifact("reject", change).manifest.curves["betas"]
+    (point,) = [point for point in points if point["beta"] == better]
+    assert point["effective_samples"] == pytest.approx(4.0, rel=1e-4)
 
 
 def test_pair_sides_are_accepted_candidates_of_their_prompt(finished: system.Run) -> None:
@@ -299,25 +367,211 @@ def test_train_policy_starts_at_the_reference(finished: system.Run) -> None:
     assert all(math.isfinite(point["loss"]) for point in curve)
 
 
+def greedy_answers(run: system.Run, rows: list[Row]) -> list[str]:
+    """The SFT policy's own, as `train_policy` decodes them."""
+    directory = run.artifact("train_sft").output("reference")
+    templates, tokenizer = run.config().templates, load_tokenizer(directory)
+    requests = [
+        Request(row["prompt_id"], encode_prompt(tokenizer, templates, row["prompt"]))
+        for row in rows
+    ]
+    decoder = load_decoder("transformers", directory, dtype="float32")
+    decoded = decoder.decode(requests, Sampling(0.0, top_k=0, max_new_tokens=8), seed=0)
+    return [found[0].text for found in decoded]
+
+
+def test_train_policy_chooses_by_probability_and_records_the_contest(
+    finished: system.Run, tmp_path: Path
+) -> None:
+    run = finished.copy(tmp_path / "store")
+    two = "train_policy.num_evaluations=2"
+    manifest = run_stage(run.graph(two), "train_policy").artifact.manifest
+    counters, curve = manifest.counters, manifest.curves["train_policy_evaluations"]
+    assert [point["step"] for point in curve] == [2.0, 4.0]
+    best = max(curve, key=lambda point: (point["mean_probability"], point["mean_margin"]))
+    (other,) = [point for point in curve if point is not best]
+    assert counters["selected_step"] == best["step"]
+    assert counters["validation_win_rate"] == best["win_rate"]
+    assert counters["validation_mean_probability"] == best["mean_probability"]
+    difference = best["mean_probability"] - other["mean_probability"]
+    assert counters["choice_difference"] == pytest.approx(difference)
+    assert counters["choice_difference_low"] <= counters["choice_difference"]
+    assert counters["choice_difference"] <= counters["choice_difference_high"]
+
+    rows = [row for row in run.rows("prepare/prompts") if row["split"] == "validation"][:4]
+    ranker = RankerSource(
+        run.artifact("train_ranker").output("ranker"), run.config().compute, run.config().templates
+    )
+    margins = ranker.load().preference(
+        [
+            Comparison(row["prompt"], answer, row["target"])
+            for row, answer in zip(rows, greedy_answers(run, rows), strict=True)
+        ]
+    )
+    expected = (1 / (1 + np.exp(-margins.astype(float)))).mean()
+    assert counters["reference_mean_probability"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_train_policy_with_one_evaluation_chooses_nothing(finished: system.Run) -> None:
+    counters = finished.artifact("train_policy").manifest.counters
+    assert 0 <= counters["validation_win_rate"] <= 1
+    assert 0 < counters["validation_mean_probability"] < 1
+    assert not counters.keys() & {"reference_mean_probability", "choice_difference"}
+
+
+def test_train_policy_against_the_reference_needs_no_targets(
+    finished: system.Run, tmp_path: Path
+) -> None:
+    run = finished.copy(tmp_path / "store")
+    rows = [row | {"target": None} for row in run.rows("prepare/prompts")]
+    table = pa.Table.from_pylist(rows, schema=SCHEMAS["prompts"])
+    write_shard(str(tmp_path / "prompts"), "prompts", 0, 1, table)
+    given = {"prompts": str(tmp_path / "prompts")}
+    two = "train_policy.num_evaluations=2"
+    with pytest.raises(UserError, match=r"set train_policy.selection.against: reference"):
+        run_stage(run.graph(two), "train_policy", given=given)
+    # So slow that the policy's answers are still the reference's: no margin, whatever the ranker.
+    changes = (two, "train_policy.selection.against=reference", "train_policy.learning_rate=1e-9")
+    manifest = run_stage(run.graph(*changes), "train_policy", given=given).artifact.manifest
+    assert "reference_mean_probability" not in manifest.counters
+    for point in manifest.curves["train_policy_evaluations"]:
+        assert point["win_rate"] == point["mean_probability"] == 0.5
+        assert point["mean_margin"] == 0.0
+    assert manifest.counters["selected_step"] == 2
+
+
+def test_train_policy_says_that_the_contest_is_saturated(
+    finished: system.Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One prompt, and a ranker whose logits are a million times those of the run's."""
+    run = finished.copy(tmp_path / "store")
+    ranker = tmp_path / "ranker"
+    shutil.copytree(run.artifact("train_ranker").output("ranker"), ranker)
+    model = AutoModelForCausalLM.from_pretrained(ranker)
+    model.get_output_embeddings().weight.data *= 1e6
+    model.save_pretrained(ranker)
+    changes = ("train_policy.num_evaluations=2", "train_policy.num_validation_prompts=1")
+    with caplog.at_level("WARNING"):
+        run_stage(run.graph(*changes), "train_policy", given={"ranker": str(ranker)})
+    assert "contest that chooses the checkpoint is saturated" in caplog.text
+    assert "set train_policy.selection.against: reference" in caplog.text
+
+
 def test_evaluate_judgements_are_matches_times_judges(finished: system.Run) -> None:
     judgements = finished.rows("evaluate/judgements")
-    matches = Counter((r["prompt_id"], r["system"], r["opponent"]) for r in judgements)
+    place = ("prompt_id", "system", "opponent", "sampling")
+    matches = Counter(tuple(row[name] for name in place) for row in judgements)
     prompts = {row["prompt_id"] for row in finished.rows("evaluate/generations")}
     assert len(prompts) == 8
-    assert len(matches) == 3 * len(prompts) and set(matches.values()) == {4}
+    assert len(matches) == 4 * len(prompts) and set(matches.values()) == {4}
     assert len({row["judge"] for row in judgements}) == 4
-    wins = {
-        judge: [r for r in judgements if r["judge"] == judge and r["opponent"] == "reference"]
-        for judge in {row["judge"] for row in judgements}
-    }
+    wins = defaultdict(list)
+    for row in judgements:
+        if row["opponent"] == "reference":
+            wins[row["judge"], row["sampling"]].append(row)
+    assert len(wins) == 4 * 2
     for metric in finished.rows("evaluate/metrics"):
-        rows = wins.get(metric["judge"])
+        rows = wins.get((metric["judge"], metric["sampling"]))
         if metric["metric"] != "win_rate" or metric["opponent"] != "reference" or not rows:
             continue
         points = {"win": 1.0, "tie": 0.5, "loss": 0.0}
         mean = sum(points[row["verdict"]] for row in rows) / len(rows)
         assert metric["value"] == pytest.approx(mean)
         assert metric["low"] <= mean <= metric["high"] and metric["num_prompts"] == 8
+
+
+def test_evaluate_samples_each_system_once_a_prompt(finished: system.Run) -> None:
+    generations = finished.rows("evaluate/generations")
+    found = by(generations, "prompt_id", "system", "sampling")
+    prompts = {row["prompt_id"] for row in generations}
+    ways = Counter((row["system"], row["sampling"]) for row in generations)
+    assert ways == {
+        ("policy", "greedy"): len(prompts),
+        ("policy", "sampled"): len(prompts),
+        ("policy", "ancestral"): len(prompts),
+        ("reference", "greedy"): len(prompts),
+        ("reference", "sampled"): len(prompts),
+    }
+    # Cooled samples of a model of random weights are not its greedy answers, nor all alike.
+    for name in ("policy", "reference"):
+        pairs = [
+            [found[i, name, way]["response"] for way in ("greedy", "sampled")] for i in prompts
+        ]
+        assert any(greedy != sampled for greedy, sampled in pairs)
+        assert len({sampled for _, sampled in pairs}) > 1
+
+
+def test_evaluate_sampled_answers_do_not_depend_on_other_prompts(
+    finished: system.Run, tmp_path: Path
+) -> None:
+    run = finished.copy(tmp_path / "store")
+    changes = ("evaluate.num_prompts=5",)
+    run_stage(run.graph(*changes), "evaluate")
+    every = by(finished.rows("evaluate/generations"), "response_id")
+    some = by(run.rows("evaluate/generations", *changes), "response_id")
+    assert len(some) == 5 * 5
+    for key, row in some.items():
+        assert row["token_ids"] == every[key]["token_ids"], row["sampling"]
+
+
+def test_evaluate_without_sampling_judges_greedy_answers_alone(
+    finished: system.Run, tmp_path: Path
+) -> None:
+    run = finished.copy(tmp_path / "store")
+    changes = ("evaluate.sampling=null", "evaluate.num_kl_prompts=0", "train_gold_ranker=null")
+    was_cached = system.run_all(run.config(*changes))
+    assert "train_gold_ranker" not in was_cached
+    assert [name for name, cached in was_cached.items() if not cached] == ["evaluate", "report"]
+    assert len(run.rows("evaluate/generations", *changes)) == 8 * 2
+    kept = [
+        row
+        for row in finished.rows("evaluate/judgements")
+        if row["sampling"] == "greedy" and row["judge"] != "gold_ranker"
+    ]
+    key = ("prompt_id", "system", "opponent", "judge")
+    found = by(run.rows("evaluate/judgements", *changes), *key)
+    assert found.keys() == by(kept, *key).keys()
+    assert {row["sampling"] for row in found.values()} == {"greedy"}
+    page = Path(run.artifact("report", *changes).output("report"), "report.html").read_text("utf-8")
+    assert "Gold ranker" not in page and "sampled</th>" not in page
+
+
+def test_evaluate_ends_greedy_and_sampled_answers_at_a_stop_text(finished: system.Run) -> None:
+    prompts = finished.artifact("prepare").read("prompts").slice(0, 6)
+    ids = prompts["prompt_id"].to_pylist()
+    greedy = Decoding(
+        label="greedy",
+        model=finished.artifact("train_sft").local("reference"),
+        engine="transformers",
+        compute=finished.config().compute,
+        templates=finished.config().templates,
+        sampling=Sampling(temperature=0.0, top_k=0, max_new_tokens=8),
+        seed=0,
+    )
+    sampled = replace(greedy, sampling=replace(greedy.sampling, temperature=1.0))
+
+    def answers(**templates: Any) -> dict[Any, Row]:
+        changed = greedy.templates.model_copy(update=templates)
+        ways = {
+            name: replace(decoding, templates=changed)
+            for name, decoding in {"greedy": greedy, "sampled": sampled}.items()
+        }
+        shard = GenerateShard(ways, "policy", dict.fromkeys(ways, ids))
+        made = shard(shard.setup(), {"prompts": prompts}).tables["generations"]
+        return by(made.to_pylist(), "prompt_id", "sampling")
+
+    free = answers()
+    stop = next(
+        row["response"][3:5]
+        for (_, sampling), row in free.items()
+        if sampling == "sampled" and len(row["response"]) > 5
+    )
+    stopped = answers(stop=(stop,))
+    assert {key for key, row in free.items() if stop in row["response"]} & {
+        (i, "sampled") for i in ids
+    }
+    for key, row in stopped.items():
+        assert row["response"] == free[key]["response"].partition(stop)[0]
 
 
 def test_evaluate_samples_for_kl_have_both_log_probabilities(finished: system.Run) -> None:
@@ -392,6 +646,47 @@ def test_human_comparisons_take_the_place_of_compare(finished: system.Run, tmp_p
     assert len(judges) == 3 and not any("gold" in judge for judge in judges - {"gold_ranker"})
     page = Path(run.artifact("report", *changes).output("report"), "report.html").read_text()
     assert "known gold" not in page.lower()
+
+
+def test_gold_ranker_may_be_absent_with_human_comparisons_too(finished: system.Run) -> None:
+    people = {"name": "people", "kind": "comparisons", "path": "people.jsonl"}
+    for changes in (
+        ("train_gold_ranker=null",),
+        (
+            "train_gold_ranker=null",
+            "comparisons.labeller=null",
+            system.override("prepare.sources", [people]),
+        ),
+    ):
+        config = finished.config(*changes)
+        table = {stage.name: stage for stage in stages(config)}
+        assert "train_gold_ranker" not in table
+        assert "gold_ranker" not in table["evaluate"].inputs
+        assert identity(config)["train_gold_ranker"] is None
+        assert not any("gold_ranker" in feed for feed in table["report"].inputs)
+    planned = system.statuses(finished, "train_gold_ranker=null")
+    assert planned["evaluate"] == "run" and planned["train_policy"] == "cached"
+    assert (
+        "input gold_ranker changed"
+        in system.reasons(finished, "train_gold_ranker=null")["evaluate"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("train_gold_ranker.epoch=2", "did you mean 'epochs'"),
+        ("train_policy.lora.rnk=2", "did you mean 'rank'"),
+        ("evaluate.sampling.temprature=1", "did you mean 'temperature'"),
+        ("evaluate.sampling.max_new_tokens=9", "unknown key 'evaluate.sampling.max_new_tokens'"),
+        ("evaluate.sampling.temperature=0", "greater than 0"),
+    ],
+)
+def test_mistake_in_a_section_that_may_be_null_is_told(
+    finished: system.Run, change: str, said: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        finished.config(change)
 
 
 def test_direct_pairs_need_no_decodes_and_go_to_the_end(
