@@ -8,6 +8,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 # Of the server that Prefect starts for one run: 20 s, its default, pass on busy cores.
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 
+import logging
 from typing import Any
 
 from prefect import flow, get_run_logger, task
@@ -17,26 +18,45 @@ from prefect.states import Completed, Failed
 
 from rso.artifact import Store
 from rso.config import load_config, resolve
+from stages import telling
 from stages.process import USER_MISTAKE, run_stage_process
 from stages.runner import Graph
 
 # The name of the state that says that the user's input, not a defect, stopped a stage.
 REFUSED = "Refused"
+# Below Prefect's logger of task runs, so that a server keeps what stages tell.
+TELLING = "telling"
+
+
+def tell_on_stderr() -> None:
+    """Print what stages tell as plain lines on standard error, whatever Prefect shows itself."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger(f"prefect.task_runs.{TELLING}")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="{stage}")
 def run_stage_task(stage: str, config: str, overrides: list[str]) -> State[Any]:
     """Run one stage in its own process; the store alone says whether there is anything to do."""
     settings = resolve(load_config(config, overrides))
-    artifact = Graph(settings, Store(settings.store)).find(stage)
+    graph = Graph(settings, Store(settings.store))
+    run_logger: Any = get_run_logger()
+    names, logger = list(graph.table), run_logger.getChild(TELLING)
+    artifact = graph.find(stage)
     if artifact is not None:
+        logger.info(telling.ended(names, artifact, is_cached=True))
         return Completed(name="Cached", message=f"{stage}: {artifact.directory}")
-    get_run_logger().info("stage %s runs", stage)
+    logger.info(telling.began(names, stage))
     code = run_stage_process(stage, config, overrides)
     if code == USER_MISTAKE:
         return Failed(name=REFUSED, message=f"stage {stage}: see the error above.")
     if code:
         return Failed(message=f"stage {stage} ended with exit code {code}, see above.")
+    artifact = graph.find_again(stage)
+    if artifact is not None:
+        logger.info(telling.ended(names, artifact, is_cached=False))
     return Completed(message=stage)
 
 

@@ -2,6 +2,7 @@
 
     python examples/stdlib_docstrings.py                  # data/stdlib_docstrings.jsonl
     python examples/stdlib_docstrings.py --max-words 120  # longer bodies
+    python examples/stdlib_docstrings.py --by-module      # and how many come from which module
 
 A record is {module, name, body, summary}: by PEP 257 the first line of a docstring sums up the
 rest, so the rest is the text and the first line is its human summary. Sources are read by `ast`
@@ -45,7 +46,7 @@ class Record(NamedTuple):
 
 
 def main() -> None:
-    """Write the file and say how many records came from where."""
+    """Write the file and say how many records it holds."""
     arguments = _arguments()
     library = Path(sysconfig.get_path("stdlib"))
     records = collect(library, arguments.max_words)
@@ -60,7 +61,7 @@ def main() -> None:
     unfinished = arguments.output.with_name(arguments.output.name + ".part")
     unfinished.write_text("".join(lines), encoding="utf-8", newline="\n")
     unfinished.replace(arguments.output)
-    _print_counts(records, arguments.output)
+    _print_counts(records, arguments.output, by_module=arguments.by_module)
 
 
 def collect(library: Path, max_words: int) -> list[Record]:
@@ -168,9 +169,10 @@ def _module_name(relative: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _print_counts(records: list[Record], output: Path) -> None:
+def _print_counts(records: list[Record], output: Path, *, by_module: bool) -> None:
     modules = Counter(record.module for record in records)
-    for module, count in sorted(modules.items(), key=lambda item: (-item[1], item[0])):
+    ordered = sorted(modules.items(), key=lambda item: (-item[1], item[0]))
+    for module, count in ordered if by_module else []:
         print(f"{count:5d}  {module}")
     print(
         f"{len(records)} pairs from {len(modules)} modules of Python "
@@ -184,6 +186,7 @@ def _arguments() -> argparse.Namespace:
         "output", nargs="?", type=Path, default=Path("data/stdlib_docstrings.jsonl")
     )
     parser.add_argument("--max-words", type=int, default=90, help="longest body (default: 90)")
+    parser.add_argument("--by-module", action="store_true", help="print the pairs of each module")
     arguments = parser.parse_args()
     if arguments.max_words < MIN_BODY_WORDS:
         parser.error(f"--max-words is {arguments.max_words}, expected at least {MIN_BODY_WORDS}")

@@ -1,6 +1,7 @@
 """The `rso` command: the composition root. Heavy libraries are imported inside the commands."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,8 +75,11 @@ def run(
     planned = _plan(graph)
     cached = {p.stage.name for p in planned if p.status == "cached"}
     if len(cached) < len(planned):
+        _tell_what_to_expect(graph, planned, config, set_)
         _run_flow(config, set_)
         graph = _graph(config, set_)
+    else:
+        typer.echo(f"all {len(planned)} stages are cached", err=True)
     _print_results(graph, as_json, cached)
 
 
@@ -369,13 +373,34 @@ def _artifact(graph: "Graph", name: str) -> "Artifact":
     return artifact
 
 
+def _tell_what_to_expect(
+    graph: "Graph", planned: "list[Planned]", config: Path, overrides: list[str]
+) -> None:
+    from rso.config import dtype_reason, load_config
+    from stages.estimate import look_ahead
+    from stages.telling import expectation
+
+    names = [p.stage.name for p in planned if p.status != "cached"]
+    ahead = look_ahead(names, graph.config, graph.store)
+    # Not those of the graph, where auto is resolved.
+    reason = dtype_reason(load_config(config, overrides).compute)
+    for line in expectation(graph.config.compute.dtype, reason, len(names), len(planned), ahead):
+        typer.echo(line, err=True)
+
+
 def _run_flow(config: Path, overrides: list[str]) -> None:
     from stages.process import guard_this_run
 
     # Before Prefect is imported: its temporary server, too, is to end with this run.
     guard_this_run()
-    from flows import REFUSED, rso_full
+    is_quiet = "PREFECT_LOGGING_LEVEL" not in os.environ
+    if is_quiet:
+        # On the console alone: a server gets Prefect's lines as ever. Prefect reads it once.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
+    from flows import REFUSED, rso_full, tell_on_stderr
 
+    if is_quiet:
+        tell_on_stderr()
     state = rso_full(str(config), overrides, return_state=True)
     if not state.is_completed():
         raise typer.Exit(2 if state.name == REFUSED else 1)

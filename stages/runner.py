@@ -114,6 +114,11 @@ class Graph:
             )
         return self._found[name]
 
+    def find_again(self, name: str) -> Artifact | None:
+        """Return the artifact of a stage that may have been made since it was last looked up."""
+        self._found.pop(name, None)
+        return self.find(name)
+
     def recipe(self, stage: Stage, given: Mapping[str, str] | None = None) -> Recipe:
         """Return the recipe of a stage whose inputs exist; `given` replaces inputs by folders."""
         given = given or {}

@@ -115,7 +115,7 @@ def test_run_of_a_finished_run_prints_the_results(
 ) -> None:
     monkeypatch.setattr(cli, "_run_flow", lambda *_: pytest.fail("the flow was started"))
     answer = rso("run", finished.path)
-    assert answer.code == 0
+    assert (answer.code, answer.err) == (0, "all 13 stages are cached\n")
     assert "win rate" in answer.out.lower() and "gold" in answer.out
     page = re.search(r"report +(\S+report\.html)", answer.out)
     assert page is not None and Path(page[1]).is_file()
@@ -288,6 +288,11 @@ def test_plan_and_run_with_verify_notice_a_flipped_byte(
     monkeypatch.setattr(cli, "_run_flow", flow)
     answer = rso("run", run.path, "--set", f"store={run.store}", "--verify")
     assert answer.code == 0
+    device, stages = answer.err.splitlines()[-2:]
+    assert re.fullmatch(r"(cpu|cuda: .*), float32: compute.dtype says so(; 1 thread)?", device)
+    # All that follow `pair` wait for it. Only `pair` has no artifact to tell how long it takes.
+    assert stages.startswith("5 of 13 stages have to run: about 1 minute, from a one-second")
+    assert "have to run" not in answer.out
     assert list((run.store / "pair").glob("*.corrupt-1"))
     assert rso("verify", "--config", run.path, "--set", f"store={run.store}").code == 0
 

@@ -108,6 +108,9 @@ def test_deployment_runs_and_shows_finished_stages_as_cached(
     assert list(first) == stages
     assert first == {name: "Completed" if name in TO_MAKE else "Cached" for name in stages}
     assert set(system.statuses(run).values()) == {"cached"}
+    told = [log["message"] for log in server.ask("logs", {"limit": 200})]
+    names = [f"stage {number} of {len(stages)}: {name}" for number, name in enumerate(stages, 1)]
+    assert all(any(line.startswith(name) for line in told) for name in names), told
     second = server.run_deployment(run)
     assert second == dict.fromkeys(stages, "Cached")
     for name in ("train_policy", "evaluate"):

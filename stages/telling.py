@@ -1,0 +1,204 @@
+"""What a run says in lines: what to expect before it starts, and how each stage went."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from rso.artifact import Artifact
+from rso.evaluation import REFERENCE, find
+from rso.progress import duration
+from stages.estimate import Ahead, Estimate
+from stages.machine import Machine
+
+Counters = Mapping[str, float]
+JUDGES = {
+    "gold": "the known gold",
+    "gold_ranker": "the gold ranker",
+    "ranker": "the ranker it was trained with",
+}
+
+
+def expectation(
+    dtype: str, reason: str, num_to_run: int, num_stages: int, ahead: Ahead
+) -> list[str]:
+    """Return the lines before a run: device, dtype and its reason, threads, stages and minutes."""
+    return [
+        _computes_with(ahead.machine, dtype, reason),
+        f"{num_to_run} of {num_stages} stages have to run: {_time(ahead.estimate)}",
+    ]
+
+
+def began(names: Sequence[str], name: str) -> str:
+    """Return the line for a stage that starts; `names` are all stages of the run, in order."""
+    return f"stage {names.index(name) + 1} of {len(names)}: {name}"
+
+
+def ended(names: Sequence[str], artifact: Artifact, *, is_cached: bool) -> str:
+    """Return the line for a stage that has its artifact: how long it took and what came out."""
+    seconds = artifact.manifest.timings.get("seconds", 0.0)
+    line = f"{artifact.stage} done in {duration(seconds)}"
+    if is_cached:
+        line = f"{began(names, artifact.stage)}, cached"
+    told = figure(artifact)
+    return f"{line}: {told}" if told else line
+
+
+def figure(artifact: Artifact) -> str:
+    """Return the telling figure of an artifact, empty where its counters do not hold it."""
+    tell = FIGURES.get(artifact.stage)
+    try:
+        return tell(artifact.manifest.counters, artifact) if tell is not None else ""
+    except (KeyError, IndexError, ZeroDivisionError):
+        # An artifact of other code may have counted other things.
+        return ""
+
+
+def _computes_with(machine: Machine | None, dtype: str, reason: str) -> str:
+    if machine is None:
+        return f"{dtype}: {reason}"
+    if machine.gpu is not None:
+        return f"cuda: {machine.gpu}, {dtype}: {reason}"
+    threads = "1 thread" if machine.threads == 1 else f"{machine.threads} threads"
+    return f"cpu, {dtype}: {reason}; {threads}"
+
+
+def _time(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "no estimate of the time"
+    known = estimate.remembered + estimate.computed
+    if estimate.unknown and not known:
+        return "no estimate of the time"
+    parts = [_minutes(estimate.seconds)]
+    if estimate.computed:
+        parts.append("from a one-second measurement of this machine")
+    if estimate.remembered:
+        parts.append("from earlier runs in this store")
+    line = " and ".join([", ".join(parts[:2]), *parts[2:]])
+    line += "; a first estimate" if estimate.computed else ""
+    if estimate.unknown:
+        line += f"; more for {', '.join(estimate.unknown)}, which have no estimate"
+    return line
+
+
+def _minutes(seconds: float) -> str:
+    minutes = max(1, round(seconds / 60))
+    if minutes >= 90:
+        return f"about {minutes / 60:.1f} hours"
+    return "about 1 minute" if minutes == 1 else f"about {minutes} minutes"
+
+
+def _prepare(counters: Counters, artifact: Artifact) -> str:
+    prompts = sum(counters[f"prompts_{split}"] for split in ("train", "validation", "test"))
+    refused, read = counters["rows_refused"], counters["rows_read"]
+    return f"{prompts:,.0f} prompts, {refused:,.0f} of {read:,.0f} rows refused"
+
+
+def _train_sft(counters: Counters, artifact: Artifact) -> str:
+    if not counters["steps"]:
+        return "the model as it is"
+    curve = artifact.manifest.curves["train_sft"]
+    examples = sum(step["num_items"] for step in curve)
+    return (
+        f"{examples:,.0f} examples in {counters['steps']:,.0f} steps, "
+        f"last loss {curve[-1]['loss']:.2f}"
+    )
+
+
+def _compare(counters: Counters, artifact: Artifact) -> str:
+    return f"{counters['comparisons']:,.0f} comparisons, {counters['ties']:,.0f} ties"
+
+
+def _train_ranker(counters: Counters, artifact: Artifact) -> str:
+    comparisons = counters["held_out_comparisons"]
+    line = f"right on {_interval(counters, 'accuracy')} of {comparisons:,.0f} held-out comparisons"
+    if {"positional_bias", "positional_bias_spread"} <= counters.keys():
+        line += f", slot bias {counters['positional_bias']:.1f} nats"
+        line += f" (spread {counters['positional_bias_spread']:.1f})"
+    return line
+
+
+def _decode(counters: Counters, artifact: Artifact) -> str:
+    responses, tokens = counters["responses"], counters["tokens"]
+    return f"{responses:,.0f} responses, {tokens / responses:.1f} tokens each on average"
+
+
+def _score(counters: Counters, artifact: Artifact) -> str:
+    parts = []
+    if "reward_spread_sum" in counters:
+        spread = counters["reward_spread_sum"] / counters["prompts"]
+        parts.append(f"rewards of a prompt spread by {spread:.2f} nats")
+    if "verdicts_flipped" in counters:
+        flips, pairs = _interval(counters, "verdicts_flipped"), counters["flipped_pairs"]
+        parts.append(f"the order decides {flips} of {pairs:,.0f} pairs")
+    return ", ".join(parts)
+
+
+def _reject(counters: Counters, artifact: Artifact) -> str:
+    prompts = counters["prompts"]
+    candidates = counters["candidates"] / prompts
+    points = artifact.manifest.curves["betas"]
+    greatest = next((p["reward_gain"] for p in points if p["beta"] == 0), 0.0)
+    parts = [
+        f"{counters['accepted'] / counters['draws']:.2f} of draws accepted",
+        f"{counters['effective_samples_sum'] / prompts:.1f} effective samples of {candidates:.0f}",
+    ]
+    if greatest > 0:
+        gain = counters["reward_gain_sum"] / prompts / greatest
+        parts.append(f"{gain:.2f} of the gain of best-of-{candidates:.0f}")
+    return ", ".join(parts)
+
+
+def _pair(counters: Counters, artifact: Artifact) -> str:
+    return f"{counters['pairs']:,.0f} pairs"
+
+
+def _logps(counters: Counters, artifact: Artifact) -> str:
+    return f"{counters['responses']:,.0f} responses"
+
+
+def _targets(counters: Counters, artifact: Artifact) -> str:
+    return f"{counters['targets']:,.0f} targets for {counters['prompts']:,.0f} prompts"
+
+
+def _train_policy(counters: Counters, artifact: Artifact) -> str:
+    step, steps = counters["selected_step"], counters["steps"]
+    rate = counters["validation_win_rate"]
+    return f"step {step:,.0f} of {steps:,.0f} chosen, validation win rate {rate:.2f}"
+
+
+def _evaluate(counters: Counters, artifact: Artifact) -> str:
+    rows = artifact.read("metrics").to_pylist()
+    for judge, name in JUDGES.items():
+        row = find(rows, "win_rate", opponent=REFERENCE, judge=judge)
+        if row is not None:
+            value, low, high = (100 * row[key] for key in ("value", "low", "high"))
+            return (
+                f"the policy wins {value:.1f} % [{low:.1f}, {high:.1f}] of {row['num_prompts']:,} "
+                f"prompts against SFT under {name}"
+            )
+    return ""
+
+
+def _report(counters: Counters, artifact: Artifact) -> str:
+    return f"{artifact.output('report')}/report.html"
+
+
+def _interval(counters: Counters, name: str) -> str:
+    value, low, high = (counters[key] for key in (name, f"{name}_low", f"{name}_high"))
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+FIGURES: dict[str, Callable[[Counters, Artifact], str]] = {
+    "prepare": _prepare,
+    "train_sft": _train_sft,
+    "compare": _compare,
+    "train_ranker": _train_ranker,
+    "train_gold_ranker": _train_ranker,
+    "decode": _decode,
+    "score": _score,
+    "reject": _reject,
+    "pair": _pair,
+    "logps": _logps,
+    "targets": _targets,
+    "train_policy": _train_policy,
+    "evaluate": _evaluate,
+    "report": _report,
+}
