@@ -1,0 +1,202 @@
+"""Where the gain of a run is lost: the known gold in the place of the ranker, stage by stage.
+
+Each rung repeats the run of `--config` with the synthetic gold instead of the ranker in some
+stages, everything above them as it is:
+
+- `default`: the run itself;
+- `checkpoint`: the gold chooses the policy's checkpoint (`train_policy`);
+- `rewards`: the gold gives the rewards that are sampled by (`score`);
+- `labels`: the gold labels the pairs (`pair`);
+- `rewards+labels`, `all`: together;
+- `sft`: no preferences: SFT on as many tokens as the whole run trained on, against the same SFT.
+
+The gap between two rungs says what mending a stage could give. Every rung is judged by the gold on
+the same prompts. A rung's artifacts are in `<store>-ladder/<rung>`, and a finished one is not made
+again. One JSON file per seed is written to benchmarks/results/.
+
+Run: python benchmarks/ladder.py [--config FILE] [--seed 0] [--set KEY=VALUE] [--rungs labels all]
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from _gold import GoldSource
+from _sides import machine
+
+from rso.artifact import Artifact, Store
+from rso.config import Config, load_config, resolve
+from rso.evaluation import POLICY, REFERENCE, find
+from stages.runner import Graph, run_stage
+
+RUNGS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "checkpoint": ("train_policy",),
+    "rewards": ("score",),
+    "labels": ("pair",),
+    "rewards+labels": ("score", "pair"),
+    "all": ("score", "pair", "train_policy"),
+}
+SFT = "sft"
+CHAIN = ("score", "reject", "pair", "logps", "train_policy", "evaluate")
+SHOWN = (
+    "mean_words",
+    "gold_score",
+    "top_first_word_share",
+    "distinct_first_words",
+    "repeated_share",
+)
+
+
+def main() -> None:
+    """Run the rungs that are asked for and write their figures."""
+    arguments = _arguments()
+    config = resolve(load_config(arguments.config, [f"seed={arguments.seed}", *arguments.set]))
+    graph = Graph(config, Store(config.store))
+    for name in graph.table:
+        if name != "report":
+            print(f"{name} …", file=sys.stderr, flush=True)
+            run_stage(graph, name)
+            graph = Graph(config, Store(config.store))
+    path = Path(arguments.out or f"benchmarks/results/ladder-seed{arguments.seed}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rungs = {}
+    for rung in arguments.rungs:
+        started = time.monotonic()
+        metrics = _more_sft(graph) if rung == SFT else _rung(graph, rung)
+        rungs[rung] = figures(metrics)
+        _show(rung, rungs[rung], time.monotonic() - started)
+        result = {
+            "command": " ".join(["python", *sys.argv]),
+            "machine": machine(("torch", "transformers"), config.compute.device),
+            "threads": torch.get_num_threads(),
+            "dtype": config.compute.dtype,
+            "seed": arguments.seed,
+            "rungs": rungs,
+        }
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+
+
+def figures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the ladder compares, for greedy and for sampled answers."""
+    found: dict[str, Any] = {}
+    for sampling in ("greedy", "sampled"):
+        rate = find(metrics, "win_rate", opponent=REFERENCE, judge="gold", sampling=sampling)
+        if rate is None:
+            continue
+        found[sampling] = {"gold_win_rate": [rate[k] for k in ("value", "low", "high")]}
+        for metric in SHOWN:
+            rows = [find(metrics, metric, system=s, sampling=sampling) for s in (POLICY, REFERENCE)]
+            found[sampling][metric] = [row["value"] if row else None for row in rows]
+    kl = find(metrics, "kl", opponent=REFERENCE, sampling="ancestral")
+    return found | {"kl_nats": kl["value"] if kl else math.nan}
+
+
+def _rung(graph: Graph, rung: str) -> list[dict[str, Any]]:
+    """Return the metrics of a rung; stages above the first with the gold are those of the run."""
+    golden = RUNGS[rung]
+    config = graph.config
+    if not golden:
+        return _artifact(graph, "evaluate").read("metrics").to_pylist()
+    store = Store(f"{config.store}-ladder/{rung.replace('+', '-')}-seed{config.seed}")
+    made: dict[str, Artifact] = {}
+    for name in CHAIN[CHAIN.index(golden[0]) :]:
+        with _gold_in(name if name in golden or name == "evaluate" else None, config):
+            made[name] = _again(graph, store, name, made)
+    return made["evaluate"].read("metrics").to_pylist()
+
+
+def _more_sft(graph: Graph) -> list[dict[str, Any]]:
+    """Return the metrics of SFT on all the tokens of the run, judged as the run's policy is."""
+    config = graph.config
+    trained = [name for name in graph.table if name.startswith("train_")]
+    tokens = {name: _artifact(graph, name).manifest.counters["tokens"] for name in trained}
+    examples = config.train_sft.max_examples
+    assert examples is not None, "train_sft.max_examples is not set: nothing to have more of"
+    more = round(examples * sum(tokens.values()) / tokens["train_sft"])
+    longer = config.model_copy(
+        update={"train_sft": config.train_sft.model_copy(update={"max_examples": more})}
+    )
+    store = Store(f"{config.store}-ladder/sft-seed{config.seed}")
+    made = {"train_sft": _again(Graph(longer, graph.store), store, "train_sft", {})}
+    given = {"policy": made["train_sft"].output("reference")}
+    with _gold_in("evaluate", config):
+        return _again(graph, store, "evaluate", {}, given).read("metrics").to_pylist()
+
+
+def _again(
+    graph: Graph,
+    store: Store,
+    name: str,
+    made: Mapping[str, Artifact],
+    given: Mapping[str, str] | None = None,
+) -> Artifact:
+    """Run a stage into `store`; inputs are those `made` there, `given`, or the run's own."""
+    inputs = {}
+    for key, feed in graph.stage(name).inputs.items():
+        producer, output = feed.split("/")
+        artifact = made.get(producer) or _artifact(graph, producer)
+        inputs[key] = artifact.output(output)
+    return run_stage(Graph(graph.config, store), name, given=inputs | dict(given or {})).artifact
+
+
+@contextmanager
+def _gold_in(name: str | None, config: Config) -> Iterator[None]:
+    """Have the stage `name` load the gold wherever it would load a ranker."""
+    if name is None:
+        yield
+        return
+    source = GoldSource(str(config.comparisons.labeller))
+    attribute, value = ("ranker_of_run", source)
+    replacement: Any = lambda context: value  # noqa: E731
+    if name == "score":
+        attribute = "objective_rankers"
+        replacement = lambda context: {"ranker": source}  # noqa: E731
+    __import__(f"stages.{name}")
+    with mock.patch.object(sys.modules[f"stages.{name}"], attribute, replacement):
+        yield
+
+
+def _artifact(graph: Graph, name: str) -> Artifact:
+    artifact = graph.find(name)
+    assert artifact is not None, f"{name} has no artifact"
+    return artifact
+
+
+def _show(rung: str, found: Mapping[str, Any], seconds: float) -> None:
+    for sampling in ("greedy", "sampled"):
+        if sampling in found:
+            value, low, high = (100 * x for x in found[sampling]["gold_win_rate"])
+            rest = ", ".join(
+                f"{name} {ours:.3g} (SFT {theirs:.3g})"
+                for name, (ours, theirs) in (
+                    (name, found[sampling][name]) for name in SHOWN if found[sampling][name][0]
+                )
+            )
+            print(f"{rung:15} {sampling:8} {value:.1f} [{low:.1f}, {high:.1f}]  {rest}")
+    print(f"{rung:15} KL {found['kl_nats']:.2f} nats, {seconds:.0f} s", flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--rungs", nargs="+", default=[*RUNGS, SFT], choices=[*RUNGS, SFT])
+    parser.add_argument("--out", help="JSON file; default benchmarks/results/ladder-seedN.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
