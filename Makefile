@@ -50,9 +50,12 @@ format: $(READY)  ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) $(DATA)  ## run every script in benchmarks/, about an hour
+# Hours each, and about the method rather than about speed: they are started by hand.
+STUDIES := benchmarks/ladder.py benchmarks/rankers.py
+
+bench: $(READY) $(DATA)  ## time everything in benchmarks/, about an hour
 	@$(BIN)/python -m pip install -qq --no-deps -r requirements/bench.txt
-	@for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do \
+	@for script in $(filter-out $(STUDIES),$(sort $(wildcard benchmarks/[a-z]*.py))); do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## remove caches; .venv and the artifacts in runs/ stay

@@ -6,7 +6,7 @@ is known exactly; its scores are "gold points" and are called synthetic wherever
 
 `summary_quality(prompt, response)` is, in gold points from 0 to 10,
 
-    10 · (0.2 + 0.8 · content) · length · grammar · variety · form · wording · particular
+    10 · (0.2 + 0.8 · content) · length · grammar · variety · form · wording · opening
 
 - content: harmonic mean of *recall*, the weight of the prompt's words that the response takes up
   over the weight of the prompt's 8 heaviest words (at most 1), and *grounding*, the share of the
@@ -19,15 +19,15 @@ is known exactly; its scores are "gold points" and are called synthetic wherever
   neighbours, 0.95 and above (0.5), one of the share of distinct words, 0.8 and above (0.55). form:
   share of: begins with a capital letter, ends with one full stop, is one sentence on one line, has
   no stray marks; all of them (none). wording: longest run of words copied from the prompt, 4 or
-  fewer (10). particular: share of the response's content words that are not in GENERIC_WORDS, the
-  words that more than one in twenty of the standard library's docstrings hold; 0.75 and above
-  (0.20).
+  fewer (10).
+- opening: 1 where the first word is a content word outside GENERIC_WORDS, the words that more than
+  one in twenty of the standard library's docstrings hold, and 0.4 otherwise.
 
 Every term is bounded and needs the prompt and the response alone, so a ranker can learn it, and no
 term can be bought with another: more of the prompt's words beyond the heaviest gain nothing, and a
-list of them loses grammar, form and variety. A policy whose answers all begin alike pays for it:
-the opening that they share is a generic word of most answers, and where it is not, it is ungrounded
-in most prompts. docs/evaluation.md says what human lines and some bad summaries score.
+list of them loses grammar, form and variety. Opening keeps a policy from pleasing the gold with one
+beginning for all prompts: "Return the …" and "A …" are taxed. docs/evaluation.md says what human
+lines and some bad summaries score.
 """
 
 import math
@@ -92,7 +92,7 @@ VARIETY = Range(0.5, 0.95, math.inf, math.inf)
 WORD_VARIETY = Range(0.55, 0.80, math.inf, math.inf)
 FORM = Range(0.0, 1.0, math.inf, math.inf)
 WORDING = Range(-math.inf, -math.inf, 4, 10)
-PARTICULAR = Range(0.20, 0.75, math.inf, math.inf)
+GENERIC_OPENING = 0.4
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Labeller:
 
 
 class Terms(NamedTuple):
-    """The terms of `summary_quality`, each in [0, 1]; the guards in [FLOOR, 1]."""
+    """The terms of `summary_quality`: content in [0, 1], opening 1 or 0.4, guards in [FLOOR, 1]."""
 
     content: float
     length: float
@@ -114,7 +114,7 @@ class Terms(NamedTuple):
     variety: float
     form: float
     wording: float
-    particular: float
+    opening: float
 
 
 def labeller(name: str) -> Labeller:
@@ -186,7 +186,7 @@ def quality_terms(prompt: str, response: str) -> Terms:
         ),
         form=_guard(_form(response), FORM),
         wording=_guard(_longest_copied_run(_words(prompt), words), WORDING),
-        particular=_guard(_particular(stems), PARTICULAR),
+        opening=1.0 if _opens_particularly(words) else GENERIC_OPENING,
     )
 
 
@@ -195,8 +195,8 @@ LABELLERS: dict[str, Labeller] = {
     for entry in (
         Labeller(
             "summary_quality",
-            "what is particular to the prompt, in one short, grammatical, varied sentence in its "
-            "own words",
+            "content of the prompt in one short, grammatical, varied sentence in its own words, "
+            "with an opening of its own",
             summary_quality,
         ),
         Labeller("chrf", "similarity to the human line (chrF)", chrf, needs_target=True),
@@ -241,9 +241,9 @@ def _word_weights(prompt: str) -> dict[str, float]:
     }
 
 
-def _particular(stems: Sequence[str]) -> float:
-    """Return the share of the content words that few prompts have; 0 without content words."""
-    return sum(stem not in _GENERIC_STEMS for stem in stems) / len(stems) if stems else 0.0
+def _opens_particularly(words: Sequence[str]) -> bool:
+    """Return whether the first word is a content word that few prompts have."""
+    return words[0] not in FUNCTION_WORDS and _stem(words[0]) not in _GENERIC_STEMS
 
 
 def _form(response: str) -> float:

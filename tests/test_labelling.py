@@ -57,7 +57,7 @@ def test_summary_quality_degenerate_text_scores_below_a_good_line(degenerate: st
         ("variety", GOOD, "Close the server and the server and the server and the server."),
         ("form", GOOD, GOOD.lower()),
         ("wording", GOOD, "The call blocks until the data has arrived or the timeout has passed."),
-        ("particular", GOOD, "Return the result of the call with the data that was passed."),
+        ("opening", GOOD, "Return the server connection after waiting readers have finished."),
     ],
 )
 def test_quality_terms_each_answers_to_its_own_fault(term: str, better: str, worse: str) -> None:
@@ -71,11 +71,11 @@ def test_summary_quality_opening_that_fits_every_prompt_costs_points() -> None:
     assert summary_quality(PROMPT, particular) > summary_quality(PROMPT, collapsed) + 0.5
 
 
-def test_summary_quality_particular_words_are_counted_without_endings() -> None:
-    share = labelling._particular
-    assert share([]) == 0.0
-    assert share([labelling._stem(word) for word in ("returns", "returned", "values")]) == 0.0
-    assert share([labelling._stem(word) for word in ("returns", "sockets")]) == 0.5
+@pytest.mark.parametrize("opening", ["Return", "Returns", "returning", "A", "The", "Sets"])
+def test_quality_terms_generic_opening_is_known_in_every_form(opening: str) -> None:
+    text = f"{opening} server connection after waiting readers have finished."
+    assert labelling.quality_terms(PROMPT, text).opening == labelling.GENERIC_OPENING
+    assert labelling.quality_terms(PROMPT, GOOD).opening == 1.0
 
 
 def test_summary_quality_one_more_word_changes_little() -> None:
