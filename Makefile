@@ -51,7 +51,7 @@ format: $(READY)  ## let ruff fix and format
 	$(BIN)/ruff format .
 
 # Hours each, and about the method rather than about speed: they are started by hand.
-STUDIES := benchmarks/ladder.py benchmarks/rankers.py
+STUDIES := benchmarks/default_run.py benchmarks/ladder.py benchmarks/rankers.py
 
 bench: $(READY) $(DATA)  ## time everything in benchmarks/, about an hour
 	@$(BIN)/python -m pip install -qq --no-deps -r requirements/bench.txt
