@@ -65,7 +65,8 @@ GENERIC_WORDS = frozenset(
         0 1 arg argument attribute byte call case class command contain create data default e error
         example exception false file first function given instance line list message method module
         name none number object optional otherwise parameter pass provide python raise read result
-        return same see set specified specify str true tuple type use used using value
+        return same see sees set setting specified specify str true tuple type use used uses using
+        value
         """,
     )
 )

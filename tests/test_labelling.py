@@ -71,7 +71,9 @@ def test_summary_quality_opening_that_fits_every_prompt_costs_points() -> None:
     assert summary_quality(PROMPT, particular) > summary_quality(PROMPT, collapsed) + 0.5
 
 
-@pytest.mark.parametrize("opening", ["Return", "Returns", "returning", "A", "The", "Sets"])
+@pytest.mark.parametrize(
+    "opening", ["Return", "Returns", "returning", "A", "The", "Sets", "Setting", "Uses", "Sees"]
+)
 def test_quality_terms_generic_opening_is_known_in_every_form(opening: str) -> None:
     text = f"{opening} server connection after waiting readers have finished."
     assert labelling.quality_terms(PROMPT, text).opening == labelling.GENERIC_OPENING
