@@ -28,13 +28,17 @@ REFUSED = "Refused"
 TELLING = "telling"
 
 
-def tell_on_stderr() -> None:
-    """Print what stages tell as plain lines on standard error, whatever Prefect shows itself."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+def tell_on_stderr(*, is_on_console: bool) -> None:
+    """Show what stages tell on standard error, whatever the level of Prefect's own lines.
+
+    They are plain lines, unless Prefect's console shows them in its own form (`is_on_console`).
+    """
     logger = logging.getLogger(f"prefect.task_runs.{TELLING}")
     logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
+    if not is_on_console:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="{stage}")

@@ -18,6 +18,7 @@ Run: python benchmarks/ladder.py [--config FILE] [--seed 0] [--set KEY=VALUE] [-
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -33,6 +34,7 @@ from _gold import GoldSource
 from _sides import machine
 
 from rso.artifact import Artifact, Store
+from rso.code_digest import code_digest
 from rso.config import Config, load_config, resolve
 from rso.evaluation import POLICY, REFERENCE, find
 from stages.runner import Graph, run_stage
@@ -60,6 +62,7 @@ def main() -> None:
     """Run the rungs that are asked for and write their figures."""
     arguments = _arguments()
     config = resolve(load_config(arguments.config, [f"seed={arguments.seed}", *arguments.set]))
+    _check(config)
     graph = Graph(config, Store(config.store))
     for name in graph.table:
         if name != "report":
@@ -86,6 +89,14 @@ def main() -> None:
     print(f"written to {path}")
 
 
+def _check(config: Config) -> None:
+    """The gold stands in for one ranker in this process; elsewhere the ranker would be asked."""
+    if config.compute.num_processes > 1 or config.beam.num_workers > 1:
+        sys.exit("ladder: set compute.num_processes and beam.num_workers to 1")
+    if config.score.objectives:
+        sys.exit("ladder: score.objectives names rankers; expected the trained one alone")
+
+
 def figures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the ladder compares, for greedy and for sampled answers."""
     found: dict[str, Any] = {}
@@ -107,7 +118,7 @@ def _rung(graph: Graph, rung: str) -> list[dict[str, Any]]:
     config = graph.config
     if not golden:
         return _artifact(graph, "evaluate").read("metrics").to_pylist()
-    store = Store(f"{config.store}-ladder/{rung.replace('+', '-')}-seed{config.seed}")
+    store = _store(config, rung)
     made: dict[str, Artifact] = {}
     for name in CHAIN[CHAIN.index(golden[0]) :]:
         with _gold_in(name if name in golden or name == "evaluate" else None, config):
@@ -126,11 +137,25 @@ def _more_sft(graph: Graph) -> list[dict[str, Any]]:
     longer = config.model_copy(
         update={"train_sft": config.train_sft.model_copy(update={"max_examples": more})}
     )
-    store = Store(f"{config.store}-ladder/sft-seed{config.seed}")
+    store = _store(config, SFT)
     made = {"train_sft": _again(Graph(longer, graph.store), store, "train_sft", {})}
+    learnt = made["train_sft"].manifest.counters["tokens"]
+    if learnt < 0.95 * sum(tokens.values()):
+        sys.exit(
+            f"ladder: {more} demonstrations are wanted for {sum(tokens.values()):.0f} tokens and "
+            f"there are only {learnt:.0f} tokens of them; give train_sft fewer examples"
+        )
     given = {"policy": made["train_sft"].output("reference")}
     with _gold_in("evaluate", config):
         return _again(graph, store, "evaluate", {}, given).read("metrics").to_pylist()
+
+
+def _store(config: Config, rung: str) -> Store:
+    """Where a rung is made; another gold has another place, as no fingerprint knows of it."""
+    gold = code_digest("rso.labelling").digest
+    digest = hashlib.sha256((gold + Path(__file__).with_name("_gold.py").read_text()).encode())
+    name = f"{rung.replace('+', '-')}-seed{config.seed}-{digest.hexdigest()[:8]}"
+    return Store(f"{config.store}-ladder/{name}")
 
 
 def _again(

@@ -25,14 +25,17 @@ from typing import Any
 import numpy as np
 from _sides import machine
 
+from pipelines.score import RankerSource
 from rso.artifact import Store
 from rso.calibration import judge, positional_bias
-from rso.config import Config, TrainRanker, load_config, resolve
+from rso.code_digest import code_digest
+from rso.config import Config, TrainRanker, identity, load_config, resolve
+from rso.fingerprint import fingerprint
 from rso.labelling import labeller
-from rso.ranking import Candidates, Comparison, load_ranker
+from rso.ranking import Candidates, Comparison
 from rso.training import ranker as training
 from stages.runner import Graph, run_stage
-from stages.train_ranker import FIELDS
+from stages.train_ranker import FIELDS, fold
 
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "margin": {"orders": "margin", "bias_penalty": 0.0},
@@ -68,9 +71,14 @@ class _Data:
         found = {name: graph.find(name) for name in ("prepare", "train_sft", "compare", "decode")}
         prepare, sft, compare, decode = (a for a in found.values() if a is not None)
         self.reference = sft.local("reference")
+        self.digests = [sft.digest("reference"), compare.digest("comparisons")]
         rows = compare.read("comparisons").to_pylist()
+        settings = graph.config.train_ranker
         self.comparisons = [
-            training.LabelledComparison(**{name: row[name] for name in FIELDS}) for row in rows
+            training.LabelledComparison(**{name: row[name] for name in FIELDS})
+            for row in rows
+            if row["split"] == "validation"
+            or fold(row["prompt_id"], settings.num_folds) in settings.folds
         ]
         self.held_out = [c for c in self.comparisons if c.split == "validation"]
         prompts = {r["prompt_id"]: r["prompt"] for r in prepare.read("prompts").to_pylist()}
@@ -90,7 +98,7 @@ class _Data:
 def _one(config: Config, data: _Data, kind: str, seed: int) -> dict[str, float]:
     settings = config.train_ranker.model_copy(update=KINDS[kind])
     settings = settings.model_copy(update={"max_comparisons": _budget(config, data, settings)})
-    folder = Path(f"{config.store}-rankers/{kind}-{seed}")
+    folder = Path(f"{config.store}-rankers/{kind}-{seed}-{_key(data, settings)}")
     started = time.monotonic()
     if not (folder / "done.json").exists():
         (folder / "work").mkdir(parents=True, exist_ok=True)
@@ -114,6 +122,17 @@ def _one(config: Config, data: _Data, kind: str, seed: int) -> dict[str, float]:
     return done | _judged(config, data, str(folder / "ranker"), seed)
 
 
+def _key(data: _Data, settings: TrainRanker) -> str:
+    """What a training depends on, so that another one is not taken for it."""
+    return fingerprint(
+        {
+            "settings": identity(settings),
+            "data": data.digests,
+            "code": code_digest("stages.train_ranker").digest,
+        }
+    )[:12]
+
+
 def _budget(config: Config, data: _Data, settings: TrainRanker) -> int:
     """The comparisons that cost what `max_comparisons` of them do in both orders."""
     most = settings.max_comparisons or len(data.comparisons)
@@ -127,13 +146,7 @@ def _budget(config: Config, data: _Data, settings: TrainRanker) -> int:
 
 
 def _judged(config: Config, data: _Data, folder: str, seed: int) -> dict[str, float]:
-    ranker = load_ranker(
-        folder,
-        config.templates,
-        dtype=config.compute.dtype,
-        token_budget=config.compute.token_budget,
-        attention=config.compute.attention,
-    )
+    ranker = RankerSource(folder, config.compute, config.templates).load()
     items = [Comparison(c.prompt, c.chosen, c.rejected) for c in data.held_out]
     forward, backward = (z.astype(np.float64) for z in ranker.both_orders(items))
     excess = [len(c.chosen) - len(c.rejected) for c in data.held_out]

@@ -65,10 +65,8 @@ class CompareShard:
         random = seeds.generator("compare", self.decoding.seed, prompt["prompt_id"])
         for chosen_pair in random.permutation(len(pairs))[: self.pairs_per_prompt]:
             a, b = pairs[int(chosen_pair)]
-            better = label(
-                gold(prompt["prompt"], a, prompt["target"]),
-                gold(prompt["prompt"], b, prompt["target"]),
-            )
+            judged = (judged_text(self.decoding.templates, text) for text in (a, b))
+            better = label(*(gold(prompt["prompt"], text, prompt["target"]) for text in judged))
             if better is None:
                 counts["ties"] += 1
                 continue

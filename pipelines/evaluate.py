@@ -11,14 +11,14 @@ from pipelines.logps import Policy, PolicySource
 from pipelines.score import AnyRanker
 from pipelines.shards import Shard
 from pipelines.tables import select_ids, table_of
-from rso import ids
+from rso import config, ids
 from rso.evaluation import ANCESTRAL, judge_by_gold, judge_by_length, judge_by_logits, matches
 from rso.labelling import labeller
 from rso.logps import response_logps
 from rso.prefix import Row
 from rso.progress import progress
 from rso.ranking import Comparison, Ranker
-from rso.templates import encode_prompt
+from rso.templates import encode_prompt, judged_text
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,12 @@ class MergeShard:
 class JudgeShard:
     """Greedy and sampled generations to `judgements` by every judge.
 
-    Rankers average both orders.
+    Rankers average both orders. No judge sees `templates.response_prefix` or outer white space.
     """
 
     rankers: Mapping[str, AnyRanker]
     labeller: str | None
+    templates: config.Templates
 
     def setup(self) -> dict[str, Ranker]:
         """Load the rankers."""
@@ -144,13 +145,15 @@ class JudgeShard:
         prompts = select_ids(tables["prompts"], sorted(judged)).to_pylist()
         played = matches(generations, prompts)
         comparisons = [Comparison(m.prompt, m.response, m.opponent_response) for m in played]
-        rows = judge_by_length(played)
+        # Rankers take the texts as they are and leave the prefix out themselves.
+        read = matches(as_judged(self.templates, generations), prompts)
+        rows = judge_by_length(read)
         for judge, ranker in rankers.items():
             with progress(judge, total=len(played), unit="verdicts") as bar:
                 logits = ranker.preference(comparisons, progress=bar)
             rows += judge_by_logits(judge, played, map(float, logits))
         if self.labeller is not None:
-            rows += judge_by_gold(labeller(self.labeller), played)
+            rows += judge_by_gold(labeller(self.labeller), read)
         return Shard(
             {"judgements": table_of("judgements", rows)},
             {
@@ -160,3 +163,10 @@ class JudgeShard:
                 "judgements": len(rows),
             },
         )
+
+
+def as_judged(
+    templates: config.Templates, generations: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return rows of `generations` with each response as judges read it (`judged_text`)."""
+    return [{**row, "response": judged_text(templates, row["response"])} for row in generations]

@@ -70,7 +70,11 @@ class PairShard:
         return self.ranker.load()
 
     def __call__(self, ranker: Ranker, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return the pairs of the shard. Matches are pairs, `identical` or `near_ties`."""
+        """Return the pairs of the shard. Matches are pairs, `identical` or `near_ties`.
+
+        A logit of exactly 0 is a near-tie whatever `min_margin`: it is that of two texts that the
+        ranker reads as one.
+        """
         samples = self._samples(tables)
         if self.settings.ranking in ("first-round", "tournament"):
             played, num_byes = self._draw(ranker, samples)
@@ -78,7 +82,11 @@ class PairShard:
             played = self._label(ranker, samples, [self._by_reward(one) for one in samples])
             num_byes = 0
         different = [match for match in played if not is_identical(*match.sides)]
-        kept = [match for match in different if abs(match.logit) >= self.settings.min_margin]
+        kept = [
+            match
+            for match in different
+            if match.logit and abs(match.logit) >= self.settings.min_margin
+        ]
         rows = [pair_row(match, self.settings.source) for match in kept]
         sides = [match.sides for match in kept]
         return Shard(

@@ -4,7 +4,7 @@ The one pipeline with a GroupByKey: it makes the shards that every later stage k
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -45,8 +45,8 @@ def prepare_shards(
         UserError: a file is missing, empty, or not what the settings say (see `rso.sources`).
     """
     check_settings(settings)
-    num_rows = sum(1 for source in settings.sources for _ in read_source(source))
-    num_shards = max(1, math.ceil(num_rows / settings.prompts_per_shard))
+    num_rows = [sum(1 for _ in read_source(source)) for source in settings.sources]
+    num_shards = max(1, math.ceil(sum(num_rows) / settings.prompts_per_shard))
     plan = Plan(
         "prepare",
         {},
@@ -74,13 +74,16 @@ def prepare_shards(
 
 
 class _Parse(beam.DoFn):
-    """Rows of one source, each judged by itself, keyed by the shard they belong to."""
+    """Rows of one source, each judged by itself, keyed by the shard they belong to.
+
+    `num_rows` has the number of rows of each source, for its bar.
+    """
 
     def __init__(
         self,
         settings: config.Prepare,
         load_counter: Callable[[], TokenCounter],
-        num_rows: int,
+        num_rows: Sequence[int],
         num_shards: int,
     ) -> None:
         self._settings, self._load_counter = settings, load_counter
@@ -91,7 +94,7 @@ class _Parse(beam.DoFn):
 
     def process(self, index: int) -> Iterator[tuple[int, Item]]:
         source = self._settings.sources[index]
-        with progress(f"prepare {source.name}", total=self._num_rows, unit="rows") as bar:
+        with progress(f"prepare {source.name}", total=self._num_rows[index], unit="rows") as bar:
             for raw in read_source(source):
                 bar.advance()
                 item = parse_row(

@@ -201,11 +201,12 @@ def positional_bias(forward: Values, backward: Values, *, seed: int) -> Position
     )
 
 
-def bias_advice(counters: Mapping[str, float]) -> str | None:
+def bias_advice(counters: Mapping[str, float], orders: str) -> str | None:
     """What to say of a ranker with these counters of `score`; None where nothing is wrong.
 
     Something is wrong when the positional bias varies more from pair to pair than rewards do
-    within a prompt, or when the order decides more than a third of the verdicts.
+    within a prompt, or when the order decides more than a third of the verdicts. `orders` is
+    `score.orders`, which the advice names where it would help.
     """
     spread, flips = counters.get("positional_bias_spread"), counters.get("verdicts_flipped")
     if spread is None or flips is None:
@@ -213,12 +214,15 @@ def bias_advice(counters: Mapping[str, float]) -> str | None:
     reward_spread = counters["reward_spread_sum"] / counters["prompts"]
     if spread <= reward_spread and flips <= _MOST_VERDICTS_FLIPPED:
         return None
+    remedy = "Rewards are the mean of both orders, in which its mean cancels."
+    if orders != "both":
+        remedy = "Take rewards in both orders (score.orders: both)."
     return (
         f"score: on {counters['flipped_pairs']:.0f} pairs in both orders, the positional bias has "
         f"a spread of {spread:.2f}, rewards within a prompt have one of {reward_spread:.2f}, and "
         f"in {flips:.0%} of the pairs the order decides who wins. One order of this ranker says "
-        "little. Take rewards in both orders (score.orders: both). For a smaller bias, train the "
-        "ranker with train_ranker.orders: mean or with a train_ranker.bias_penalty above 0."
+        f"little. {remedy} For a smaller bias, train the ranker with train_ranker.orders: mean or "
+        "with a train_ranker.bias_penalty above 0."
     )
 
 

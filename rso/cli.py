@@ -1,6 +1,7 @@
 """The `rso` command: the composition root. Heavy libraries are imported inside the commands."""
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ VerifyOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
 DEFAULT_CONFIG = Path("configs/quickstart.yaml")
+CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 
 export = typer.Typer(
     no_args_is_help=True,
@@ -378,13 +380,14 @@ def _tell_what_to_expect(
 ) -> None:
     from rso.config import dtype_reason, load_config
     from stages.estimate import look_ahead
-    from stages.telling import expectation
+    from stages.telling import expectation, to_do
 
     names = [p.stage.name for p in planned if p.status != "cached"]
     ahead = look_ahead(names, graph.config, graph.store)
     # Not those of the graph, where auto is resolved.
     reason = dtype_reason(load_config(config, overrides).compute)
-    for line in expectation(graph.config.compute.dtype, reason, len(names), len(planned), ahead):
+    stages = to_do(planned, graph.store)
+    for line in expectation(graph.config.compute.dtype, reason, stages, ahead):
         typer.echo(line, err=True)
 
 
@@ -393,17 +396,28 @@ def _run_flow(config: Path, overrides: list[str]) -> None:
 
     # Before Prefect is imported: its temporary server, too, is to end with this run.
     guard_this_run()
-    is_quiet = "PREFECT_LOGGING_LEVEL" not in os.environ
-    if is_quiet:
-        # On the console alone: a server gets Prefect's lines as ever. Prefect reads it once.
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
-    from flows import REFUSED, rso_full, tell_on_stderr
+    _show_stages()
+    from flows import REFUSED, rso_full
 
-    if is_quiet:
-        tell_on_stderr()
     state = rso_full(str(config), overrides, return_state=True)
     if not state.is_completed():
         raise typer.Exit(2 if state.name == REFUSED else 1)
+
+
+def _show_stages() -> None:
+    """Import Prefect such that each line about a stage appears once, by its console or by ours."""
+    level = os.environ.get("PREFECT_LOGGING_LEVEL") or "WARNING"
+    console = os.environ.get(CONSOLE_LEVEL) or ("NOTSET" if _shows_info(level) else "WARNING")
+    # For the console alone: a server gets Prefect's lines as ever. Prefect reads it once.
+    os.environ[CONSOLE_LEVEL] = console
+    from flows import tell_on_stderr
+
+    tell_on_stderr(is_on_console=_shows_info(console))
+
+
+def _shows_info(level: str) -> bool:
+    # Prefect refuses an unknown level itself.
+    return logging.getLevelNamesMapping().get(level.upper(), logging.INFO) <= logging.INFO
 
 
 def _print_results(graph: "Graph", as_json: bool, cached: set[str]) -> None:

@@ -27,6 +27,7 @@ IDENTITY = "identity"
 RUNTIME: dict[str, Any] = {IDENTITY: False}
 
 CPUINFO = Path("/proc/cpuinfo")
+DEVICES = Path("/dev")
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -723,7 +724,7 @@ def resolve(config: Config) -> Config:
     """Return `config` with every `auto` that is part of an identity replaced by what it means here.
 
     An engine resolves to vllm where the package is installed; the dtype to bfloat16 where the
-    machine has a GPU or CPU instructions for it.
+    machine has a GPU or CPU instructions for it, or by the CPU alone where `compute.device` is cpu.
     """
     engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
     update: dict[str, Any] = {}
@@ -732,7 +733,7 @@ def resolve(config: Config) -> Config:
         if section.engine == "auto":
             update[name] = section.model_copy(update={"engine": engine})
     if config.compute.dtype == "auto":
-        dtype = "bfloat16" if _computes_bfloat16() else "float32"
+        dtype = "bfloat16" if _computes_bfloat16(config.compute) else "float32"
         update["compute"] = config.compute.model_copy(update={"dtype": dtype})
     return config.model_copy(update=update)
 
@@ -740,23 +741,27 @@ def resolve(config: Config) -> Config:
 def has_gpu() -> bool:
     """Return whether this process may see a GPU of NVIDIA's, by what the system shows."""
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    return not is_hidden and any(Path("/dev").glob("nvidia[0-9]*"))
+    return not is_hidden and any(DEVICES.glob("nvidia[0-9]*"))
 
 
 def dtype_reason(compute: Compute) -> str:
     """Return why models are held in the dtype that `resolve` chooses for these settings."""
-    if compute.dtype == "bfloat16" and not _computes_bfloat16():
+    if compute.dtype == "bfloat16" and not _computes_bfloat16(compute):
         return "compute.dtype says so; this CPU has no bfloat16 and emulates it slowly"
     if compute.dtype != "auto":
         return "compute.dtype says so"
-    if has_gpu():
+    if _may_use_gpu(compute):
         return "the GPU computes in it"
     flag = _bfloat16_flag()
     return f"this CPU computes in it ({flag})" if flag else "this CPU has no bfloat16"
 
 
-def _computes_bfloat16() -> bool:
-    return has_gpu() or _bfloat16_flag() is not None
+def _computes_bfloat16(compute: Compute) -> bool:
+    return _may_use_gpu(compute) or _bfloat16_flag() is not None
+
+
+def _may_use_gpu(compute: Compute) -> bool:
+    return compute.device != "cpu" and has_gpu()
 
 
 def _bfloat16_flag() -> str | None:

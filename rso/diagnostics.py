@@ -207,6 +207,7 @@ def advice(
     if not 0 < better < math.inf:
         remedy = "Look at reject/diagnostics"
     spread, effective = point["reward_spread"], point["effective_samples"]
+    most = counters["candidates"] / counters["prompts"]
     found = []
     if counters["accepted"] == counters["candidates"]:
         found.append(
@@ -218,7 +219,7 @@ def advice(
             "All candidates of a prompt have the same reward, so nothing was selected. Look at the "
             "ranker, and at whether the candidates differ (decode.sampling.temperature)."
         )
-    elif beta > 0 and effective < (least := max(FEWEST, BEST_OF_N * num_samples)):
+    elif beta > 0 and effective < (least := max(FEWEST, BEST_OF_N * num_samples)) <= most:
         found.append(
             f"{named} is so small beside the spread of rewards in a prompt ({spread:.3g} nats) "
             f"that sampling has become best-of-N: the candidates of a prompt are worth "

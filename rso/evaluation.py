@@ -294,6 +294,8 @@ def _collapse(rows: Rows, sampling: str) -> str:
             continue
         if ours["value"] > COLLAPSED_SHARE and ours["low"] > theirs["high"]:
             share, other = _of_ten(ours["value"], theirs["value"])
+            if theirs["text"] != ours["text"]:
+                other += f" with {words_of(theirs)}"
             return (
                 f"{share} {name} begin alike ({words_of(ours)}, SFT {other}): "
                 "the policy has collapsed."
@@ -348,18 +350,20 @@ def _gain(row: Mapping[str, Any], judge: str) -> str:
     name = {"gold": "the known synthetic gold", "gold_ranker": "the gold ranker"}.get(
         judge, "the ranker it was trained with"
     )
-    is_sampled = row["sampling"] == SAMPLED
-    where, who = ("On sampled answers", "it") if is_sampled else (f"Under {name}", "the policy")
+    where = f"Under {name}"
+    if row["sampling"] == SAMPLED:
+        where = "On sampled answers, under the same judge,"
     figure = (
         f"{100 * row['value']:.1f} % of {row['num_prompts']} prompts "
         f"(95 % interval {100 * row['low']:.1f} to {100 * row['high']:.1f})"
     )
     if row["low"] > EVEN:
-        return f"{where} {who} beats SFT: it wins {figure}, separated from 50 %."
+        return f"{where} the policy beats SFT: it wins {figure}, separated from 50 %."
     if row["high"] < EVEN:
-        return f"{where} {who} is worse than SFT: it wins {figure}, separated from 50 %."
+        return f"{where} the policy is worse than SFT: it wins {figure}, separated from 50 %."
     return (
-        f"{where} no gain over SFT is shown: {who} wins {figure}, an interval that includes 50 %."
+        f"{where} no gain over SFT is shown: the policy wins {figure}, "
+        "an interval that includes 50 %."
     )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from pipelines.decode import Decoding
-from pipelines.evaluate import GenerateShard, JudgeShard, MergeShard
+from pipelines.evaluate import GenerateShard, JudgeShard, MergeShard, as_judged
 from pipelines.logps import PolicySource
 from pipelines.score import AnyRanker, RankerSource
 from pipelines.shards import Counters
@@ -51,7 +51,7 @@ def run(context: Context) -> Outcome:
     )
     counters |= context.map(
         "judge",
-        JudgeShard(_rankers(context), config.comparisons.labeller),
+        JudgeShard(_rankers(context), config.comparisons.labeller, config.templates),
         inputs=["prompts"],
         work_inputs=["generations"],
         outputs=["judgements"],
@@ -100,7 +100,7 @@ def _decodings(context: Context, system: str) -> dict[str, Decoding]:
 def _write_metrics(context: Context, prompt_ids: list[str]) -> None:
     gold = context.config.comparisons.labeller
     figures = metrics(
-        context.written("generations").to_pylist(),
+        as_judged(context.config.templates, context.written("generations").to_pylist()),
         context.written("judgements").to_pylist(),
         select_ids(context.table("prompts"), prompt_ids).to_pylist(),
         seed=context.config.seed,

@@ -51,7 +51,7 @@ def measure(dtype: str, device: str, *, seconds: float) -> Machine | None:
             check=True,
         )
         return Machine(**json.loads(done.stdout.splitlines()[-1]))
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError, TypeError):
         return None
 
 

@@ -24,10 +24,12 @@ def stage_command(stage: str, config: str, overrides: Sequence[str]) -> list[str
 
 def run_stage_process(stage: str, config: str, overrides: Sequence[str]) -> int:
     """Run a stage in a new process group and return its exit code; an interrupt ends the group."""
+    environment = {**os.environ, "RSO_PARENT": str(os.getpid())}
+    if not sys.stderr.isatty():
+        # Bars of other libraries are control characters in a log; ours is a line a minute there.
+        environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     process = subprocess.Popen(
-        stage_command(stage, config, overrides),
-        start_new_session=True,
-        env={**os.environ, "RSO_PARENT": str(os.getpid())},
+        stage_command(stage, config, overrides), start_new_session=True, env=environment
     )
     try:
         return process.wait()

@@ -103,9 +103,13 @@ def _rankers(artifacts: dict[str, Artifact]) -> Iterator[HeldOutRanker]:
             )
 
 
+def _bias_advice(manifest: Manifest) -> str | None:
+    return bias_advice(manifest.counters, manifest.config["score"]["orders"])
+
+
 def _scoring(manifest: Manifest) -> ScoringRanker:
     reliability = manifest.curves.get("reliability", ())
-    return ScoringRanker(manifest.counters, reliability, bias_advice(manifest.counters))
+    return ScoringRanker(manifest.counters, reliability, _bias_advice(manifest))
 
 
 def _sampling(manifest: Manifest) -> dict[str, Any]:

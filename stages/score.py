@@ -124,7 +124,7 @@ def _checked(context: Context, counters: Counters) -> Outcome:
     if len(pairs):
         forward, backward = (pairs[name].to_numpy() for name in ("forward", "backward"))
         figures |= positional_bias(forward, backward, seed=context.config.seed).figures
-    sentence = bias_advice(counters | figures)
+    sentence = bias_advice(counters | figures, context.config.score.orders)
     if sentence is not None:
         logger.warning("%s", sentence)
     return Outcome(counters | figures, curves)

@@ -1,12 +1,16 @@
 """What a run says in lines: what to expect before it starts, and how each stage went."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from rso.artifact import Artifact
+import pyarrow as pa
+
+from rso.artifact import Artifact, Store
 from rso.evaluation import REFERENCE, find
 from rso.progress import duration
 from stages.estimate import Ahead, Estimate
 from stages.machine import Machine
+from stages.runner import Planned
 
 Counters = Mapping[str, float]
 JUDGES = {
@@ -16,14 +20,31 @@ JUDGES = {
 }
 
 
-def expectation(
-    dtype: str, reason: str, num_to_run: int, num_stages: int, ahead: Ahead
-) -> list[str]:
+class ToDo(NamedTuple):
+    """How many of `num_stages` stages have to run, and how many others may have to."""
+
+    num_sure: int
+    num_possible: int
+    num_stages: int
+
+
+def to_do(planned: Sequence[Planned], store: Store) -> ToDo:
+    """Return how many of the planned stages have to run.
+
+    A stage that waits for its inputs finds its artifact again where these come out as before. So it
+    has to run for sure only in a store that has nothing of any such stage.
+    """
+    num_run = sum(p.status == "run" for p in planned)
+    waiting = [p.stage.name for p in planned if p.status == "waits"]
+    if any(store.artifacts(name) for name in waiting):
+        return ToDo(num_run, len(waiting), len(planned))
+    return ToDo(num_run + len(waiting), 0, len(planned))
+
+
+def expectation(dtype: str, reason: str, stages: ToDo, ahead: Ahead) -> list[str]:
     """Return the lines before a run: device, dtype and its reason, threads, stages and minutes."""
-    return [
-        _computes_with(ahead.machine, dtype, reason),
-        f"{num_to_run} of {num_stages} stages have to run: {_time(ahead.estimate)}",
-    ]
+    time = _time(ahead.estimate, is_upper_bound=stages.num_possible > 0)
+    return [_computes_with(ahead.machine, dtype, reason), f"{_have_to_run(stages)}: {time}"]
 
 
 def began(names: Sequence[str], name: str) -> str:
@@ -42,12 +63,13 @@ def ended(names: Sequence[str], artifact: Artifact, *, is_cached: bool) -> str:
 
 
 def figure(artifact: Artifact) -> str:
-    """Return the telling figure of an artifact, empty where its counters do not hold it."""
+    """Return the telling figure of an artifact, empty where its counters or rows do not hold it."""
     tell = FIGURES.get(artifact.stage)
     try:
         return tell(artifact.manifest.counters, artifact) if tell is not None else ""
-    except (KeyError, IndexError, ZeroDivisionError):
-        # An artifact of other code may have counted other things.
+    except (KeyError, IndexError, ZeroDivisionError, ValueError, OSError, pa.ArrowException):
+        # An artifact of other code may have counted other things, and a file may be unreadable
+        # (UserError and UnreadableShard are ValueErrors). The stage is done all the same.
         return ""
 
 
@@ -60,13 +82,23 @@ def _computes_with(machine: Machine | None, dtype: str, reason: str) -> str:
     return f"cpu, {dtype}: {reason}; {threads}"
 
 
-def _time(estimate: Estimate | None) -> str:
+def _have_to_run(stages: ToDo) -> str:
+    sure, possible, num_stages = stages
+    verb = "has" if sure == 1 else "have"
+    if not possible:
+        return f"{sure} of {num_stages} stages {verb} to run"
+    stage, those = ("stage", "it") if sure == 1 else ("stages", "them")
+    depend = "depends" if possible == 1 else "depend"
+    return f"{sure} {stage} {verb} to run, up to {possible} more {depend} on {those}"
+
+
+def _time(estimate: Estimate | None, *, is_upper_bound: bool) -> str:
     if estimate is None:
         return "no estimate of the time"
     known = estimate.remembered + estimate.computed
     if estimate.unknown and not known:
         return "no estimate of the time"
-    parts = [_minutes(estimate.seconds)]
+    parts = [f"{'at most ' if is_upper_bound else ''}{_minutes(estimate.seconds)}"]
     if estimate.computed:
         parts.append("from a one-second measurement of this machine")
     if estimate.remembered:
@@ -134,6 +166,7 @@ def _score(counters: Counters, artifact: Artifact) -> str:
 def _reject(counters: Counters, artifact: Artifact) -> str:
     prompts = counters["prompts"]
     candidates = counters["candidates"] / prompts
+    kept = artifact.manifest.config["reject"]["num_samples"]
     points = artifact.manifest.curves["betas"]
     greatest = next((p["reward_gain"] for p in points if p["beta"] == 0), 0.0)
     parts = [
@@ -142,7 +175,7 @@ def _reject(counters: Counters, artifact: Artifact) -> str:
     ]
     if greatest > 0:
         gain = counters["reward_gain_sum"] / prompts / greatest
-        parts.append(f"{gain:.2f} of the gain of best-of-{candidates:.0f}")
+        parts.append(f"{gain:.2f} of the gain of the best {kept} of {candidates:.0f}")
     return ", ".join(parts)
 
 

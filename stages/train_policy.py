@@ -15,6 +15,7 @@ from rso.decoding import Request, Sampling
 from rso.decoding.transformers_engine import TransformersDecoder
 from rso.errors import UserError
 from rso.models import load_tokenizer
+from rso.progress import is_first_process
 from rso.ranking import Comparison, Ranker
 from rso.templates import encode_prompt
 from rso.training.loading import load
@@ -161,7 +162,7 @@ class _Contest:
             aside.write_text(json.dumps(figures["mean_probability"]), encoding="utf-8")
             os.replace(aside, path)
         probability = float(json.loads(path.read_text(encoding="utf-8")))
-        if not LOWEST <= probability <= HIGHEST:
+        if is_first_process() and not LOWEST <= probability <= HIGHEST:
             logger.warning(
                 "train_policy: the contest that chooses the checkpoint is saturated. Against the "
                 "targets the SFT policy itself has a mean probability of %.2f under the ranker, "

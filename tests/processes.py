@@ -31,8 +31,9 @@ class Marked:
             "PYTHONPATH": str(ROOT),
             "COLUMNS": "200",
         }
-        for name in ("PREFECT_API_URL", "RSO_CONFIG"):
-            self.environment.pop(name, None)
+        for name in list(self.environment):
+            if name in ("PREFECT_API_URL", "RSO_CONFIG") or name.startswith("PREFECT_LOGGING_"):
+                del self.environment[name]
 
     def start(self, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
         """Start a command in the project's folder; what it prints goes to `log`."""

@@ -85,7 +85,7 @@ def settings(model: str, store: Path, sources: list[dict[str, Any]]) -> dict[str
     return {
         "store": str(store),
         "model": model,
-        "compute": {"dtype": "float32"},
+        "compute": {"dtype": "float32", "device": "cpu"},
         "prepare": {
             "task": "tiny",
             "sources": sources,

@@ -185,7 +185,7 @@ def test_bias_advice_speaks_where_a_verdict_is_the_order_s(
         "reward_spread_sum": 72 * reward_spread,
         "prompts": 72,
     }
-    sentence = bias_advice(counters)
+    sentence = bias_advice(counters, "baseline-first")
     assert (sentence is not None) == is_warned_of
     if sentence is not None:
         for part in (
@@ -200,5 +200,13 @@ def test_bias_advice_speaks_where_a_verdict_is_the_order_s(
             assert part in sentence
 
 
+def test_bias_advice_with_both_orders_does_not_ask_for_them() -> None:
+    counters = {"flipped_pairs": 8, "positional_bias_spread": 2.0, "verdicts_flipped": 1.0}
+    sentence = bias_advice(counters | {"reward_spread_sum": 1.0, "prompts": 1}, "both")
+    assert sentence is not None
+    assert "score.orders" not in sentence and "train_ranker.orders: mean" in sentence
+
+
 def test_bias_advice_without_pairs_says_nothing() -> None:
-    assert bias_advice({"prompts": 5, "reward_spread_sum": 0.0, "flipped_pairs": 0}) is None
+    counters = {"prompts": 5, "reward_spread_sum": 0.0, "flipped_pairs": 0}
+    assert bias_advice(counters, "both") is None

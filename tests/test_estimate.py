@@ -296,6 +296,17 @@ def test_what_cannot_be_estimated_stops_no_run(
     assert measure("float32", "cpu", seconds=0.0) is None
 
 
+@pytest.mark.parametrize("answer", ["", "words", "[1]", "17", '{"threads": 1, "cores": 2}'])
+def test_machine_is_unknown_where_the_answer_is_of_another_kind(
+    answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert measure("float32", "cpu", seconds=0.0) is None
+
+
 def test_machine_is_measured_in_a_process_of_its_own() -> None:
     found = measure("float32", "cpu", seconds=0.2)
     assert found is not None and found.gpu is None
@@ -337,3 +348,15 @@ def test_dtype_has_the_reason_of_the_choice(
     given = config(compute={"dtype": asked})
     assert dtype_reason(given.compute) == reason
     assert resolve(given).compute.dtype == dtype
+    # On the CPU of a machine with a GPU all is the same; `auto` takes the GPU.
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(settings_module, "DEVICES", tmp_path)
+    on_cpu = config(compute={"dtype": asked, "device": "cpu"})
+    assert dtype_reason(on_cpu.compute) == reason
+    assert resolve(on_cpu).compute.dtype == dtype
+    if asked == "auto":
+        assert dtype_reason(given.compute) == "the GPU computes in it"
+        assert resolve(given).compute.dtype == "bfloat16"
+    else:
+        assert dtype_reason(given.compute) == "compute.dtype says so"

@@ -147,12 +147,18 @@ def test_kl_divergence_averages_samples_of_a_prompt_first() -> None:
 
 @pytest.mark.parametrize(
     ("num_wins", "said"),
-    [(36, "beats SFT"), (21, "an interval that includes 50 %"), (4, "is worse than SFT")],
+    [
+        (36, "the policy beats SFT: it wins 90.0 %"),
+        (21, "no gain over SFT is shown: the policy wins 52.5 %"),
+        (4, "the policy is worse than SFT: it wins 10.0 %"),
+    ],
 )
 def test_conclusion_says_what_the_interval_says(num_wins: int, said: str) -> None:
-    sentence = conclusion(run(two_systems(num_wins)))
-    assert said in sentence
-    assert "synthetic" in sentence
+    rows = two_systems(num_wins)
+    greedy, sampled_ = evaluation.gains(run(rows + sampled(rows)))
+    assert greedy.startswith(f"Under the known synthetic gold {said} of 40 prompts")
+    assert sampled_.startswith(f"On sampled answers, under the same judge, {said} of 40 prompts")
+    assert ("an interval that includes 50 %" in greedy) is (num_wins == 21)
 
 
 def test_conclusion_names_the_price_and_the_judge() -> None:
@@ -292,9 +298,21 @@ def test_warnings_name_the_collapse_of_a_real_run() -> None:
             id="all",
         ),
         pytest.param(
+            [text.replace("Return", "Get") for text in openings(0.917, 14)],
+            openings(0.615, 27),
+            [
+                "9 of 10 answers begin alike (`get`, SFT 6 of 10 with `return`): "
+                "the policy has collapsed."
+            ],
+            id="two-words",
+        ),
+        pytest.param(
             [""] * 192,
             openings(0.6, 20),
-            ["All answers begin alike (no word, SFT 60 of 100): the policy has collapsed."],
+            [
+                "All answers begin alike (no word, SFT 60 of 100 with `return`): "
+                "the policy has collapsed."
+            ],
             id="empty",
         ),
         pytest.param(
@@ -309,7 +327,7 @@ def test_warnings_name_the_collapse_of_a_real_run() -> None:
             [f"Return the number {i}" for i in range(192)],
             [f"Return {i} the number" for i in range(192)],
             [
-                "All answers begin alike (`return the number`, SFT 1 of 100): "
+                "All answers begin alike (`return the number`, SFT 1 of 100 with `return 0 the`): "
                 "the policy has collapsed."
             ],
             id="three-words",
@@ -343,13 +361,15 @@ def test_conclusion_names_a_collapse_before_the_gain_and_sampled_answers_after_g
         + sampled([generation(i, "reference", f"verb{i} it") for i in range(40)])
     )
     sentence = conclusion(rows)
-    assert sentence.startswith("All answers begin alike (`return`, SFT 2 of 100): the policy has")
+    assert sentence.startswith(
+        "All answers begin alike (`return`, SFT 2 of 100 with `verb0`): the policy has"
+    )
     places = [
         sentence.index(said)
         for said in (
             "Under the known synthetic gold the policy beats SFT: it wins 100.0 % of 40 prompts",
             "length in words rose by 4.0 a prompt.",
-            "On sampled answers it is worse than SFT: it wins 0.0 % of 40 prompts",
+            "On sampled answers, under the same judge, the policy is worse than SFT: it wins 0.0 %",
             "length in words fell by 1.0 a prompt.",
         )
     ]

@@ -174,3 +174,20 @@ def test_training_shows_its_tokens_and_its_loss(
         # The loss of a step is known when the step is done, so the next line has it.
         assert f": {tokens:,.0f} of {tokens:,.0f} tokens, " in lines[-1]
         assert f", loss {curve[-2]['loss']:.3g}" in lines[-1]
+
+
+def test_each_source_of_prepare_has_a_bar_of_its_own_rows(
+    finished: system.Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    people = system.write_human_comparisons(tmp_path / "people.jsonl")
+    sources = [*finished.config().model_dump()["prepare"]["sources"], people]
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0.0)
+    changes = [f"store={tmp_path / 'store'}", system.override("prepare.sources", sources)]
+    run_stage(system.graph_of(system.load(finished.path, *changes)), "prepare")
+    lines = capsys.readouterr().err.splitlines()
+    for name, num_rows in (("questions", 64), ("people", 60)):
+        of_source = [line for line in lines if line.startswith(f"prepare {name}")]
+        assert f": {num_rows} of {num_rows} rows, " in of_source[-1]

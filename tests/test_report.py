@@ -272,7 +272,7 @@ def test_build_names_a_collapse_in_boxes_above_the_gain() -> None:
     page = build(replace(full_data(5), metrics=metrics_of_a_collapse()))
     boxes = re.findall(r'class="(warning first|conclusion)">(?:\s*<p>)?(.*?)</p>', page)
     assert [kind for kind, _ in boxes] == ["warning first", "warning first", "conclusion"]
-    said = "All answers begin alike (`b`, SFT 2 of 100): the policy has collapsed."
+    said = "All answers begin alike (`b`, SFT 2 of 100 with `verb0`): the policy has collapsed."
     assert boxes[0][1] == said
     assert boxes[1][1].startswith("All sampled answers begin alike (`b`")
     assert "Nothing was judged" in boxes[2][1]
@@ -282,7 +282,8 @@ def test_build_names_the_gain_on_greedy_and_on_sampled_answers(page: str) -> Non
     box = page.partition('<div class="conclusion">')[2].partition("</div>")[0]
     greedy, sampled = re.findall(r"<p>(.*?)</p>", box)
     assert greedy.startswith("Under the known synthetic gold the policy beats SFT: it wins 66.7 %")
-    assert sampled.startswith("On sampled answers it beats SFT: it wins 66.7 %")
+    said = "On sampled answers, under the same judge, the policy beats SFT: it wins 66.7 %"
+    assert sampled.startswith(said)
 
 
 def test_build_without_a_collapse_has_no_box_above_the_gain(page: str) -> None:
@@ -354,7 +355,8 @@ def test_terminal_table_names_a_collapse_above_the_gain() -> None:
     console = Console(file=io.StringIO(), width=120, record=True)
     console.print(report.terminal_table(metrics_of_a_collapse()))
     text = console.export_text()
-    collapse = text.index("All answers begin alike (`b`, SFT 2 of 100): the policy has collapsed.")
+    said = "All answers begin alike (`b`, SFT 2 of 100 with `verb0`): the policy has collapsed."
+    collapse = text.index(said)
     sampled = text.index("All sampled answers begin alike")
     assert collapse < sampled < text.index("Nothing was judged")
     assert "Policy against SFT, sampled" in text

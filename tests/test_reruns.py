@@ -65,7 +65,7 @@ def test_plan_with_a_setting_changed_runs_what_sees_it_and_what_follows(
     "setting",
     [
         "compute.token_budget=512",
-        "compute.device=cpu",
+        "compute.device=auto",
         "train_policy.token_budget=512",
         "train_sft.checkpoint_steps=7",
         "beam.options={direct_num_workers: 2}",

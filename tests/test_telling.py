@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections import Counter
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import pytest
 import system
 from processes import rso
 
-from rso.artifact import Artifact
+from rso.artifact import Artifact, Store
+from rso.progress import duration
 from stages.estimate import Ahead, Estimate
 from stages.machine import Machine
-from stages.telling import FIGURES, began, ended, expectation, figure
+from stages.runner import plan
+from stages.telling import FIGURES, ToDo, began, ended, expectation, figure, to_do
 
 
 def with_counters(artifact: Artifact, counters: dict[str, Any], **curves: Any) -> Artifact:
@@ -32,8 +34,8 @@ def test_every_stage_has_a_telling_figure(finished: system.Run) -> None:
         assert began(names, name) == f"stage {number} of {len(names)}: {name}"
         line = ended(names, artifact, is_cached=True)
         assert line == f"stage {number} of {len(names)}: {name}, cached: {told}"
-        seconds = round(artifact.manifest.timings["seconds"])
-        assert ended(names, artifact, is_cached=False) == f"{name} done in {seconds} s: {told}"
+        seconds = duration(artifact.manifest.timings["seconds"])
+        assert ended(names, artifact, is_cached=False) == f"{name} done in {seconds}: {told}"
 
 
 def test_figures_are_those_of_the_rows(finished: system.Run) -> None:
@@ -64,7 +66,7 @@ def test_figures_are_those_of_the_rows(finished: system.Run) -> None:
     assert Path(told["report"]).is_file()
 
 
-def test_figure_of_reject_is_its_share_of_best_of_n(finished: system.Run) -> None:
+def test_figure_of_reject_is_its_share_of_the_gain_of_the_best(finished: system.Run) -> None:
     rewards: dict[str, list[float]] = {}
     for row in finished.rows("score/rewards"):
         rewards.setdefault(row["prompt_id"], []).append(row["reward"])
@@ -82,11 +84,13 @@ def test_figure_of_reject_is_its_share_of_best_of_n(finished: system.Run) -> Non
             if row["prompt_id"] == prompt_id
         ]
         gained += sum(kept) / len(kept) - mean
-        # Best-of-n keeps as many, the best ones.
+        # The best of the candidates, as many as were kept.
         most += sum(sorted(values)[-len(kept) :]) / len(kept) - mean
     told = figure(finished.artifact("reject"))
     found = re.fullmatch(
-        r"(.*) of draws accepted, (.*) effective samples of 6, (.*) of the gain of best-of-6", told
+        r"(.*) of draws accepted, (.*) effective samples of 6, "
+        "(.*) of the gain of the best 4 of 6",
+        told,
     )
     assert found is not None, told
     assert float(found[3]) == pytest.approx(gained / most, abs=0.006)
@@ -145,9 +149,21 @@ def test_no_draws_and_no_gain_are_told_without_a_crash(finished: system.Run) -> 
     counters = dict(reject.manifest.counters)
     assert figure(with_counters(reject, counters | {"draws": 0}, betas=[])) == ""
     flat = [{"beta": 0.0, "reward_gain": 0.0}]
-    assert "best-of" not in figure(with_counters(reject, counters, betas=flat))
+    assert "gain" not in figure(with_counters(reject, counters, betas=flat))
     skipped = with_counters(finished.artifact("train_sft"), {"steps": 0, "tokens": 0})
     assert figure(skipped) == "the model as it is"
+
+
+def test_unreadable_rows_leave_the_figure_out(finished: system.Run, tmp_path: Path) -> None:
+    run = finished.real_copy(tmp_path / "store")
+    names, artifact = list(run.graph().table), run.artifact("evaluate")
+    (shard,) = artifact.shards("metrics")
+    assert ended(names, artifact, is_cached=True) != f"{began(names, 'evaluate')}, cached"
+    seconds = duration(artifact.manifest.timings["seconds"])
+    for spoil in (lambda: Path(shard).write_bytes(b"PAR1"), lambda: Path(shard).unlink()):
+        spoil()
+        assert ended(names, artifact, is_cached=True) == f"{began(names, 'evaluate')}, cached"
+        assert ended(names, artifact, is_cached=False) == f"evaluate done in {seconds}"
 
 
 CPU = Machine(threads=2, gpu=None, flops=1e11)
@@ -164,7 +180,7 @@ CPU = Machine(threads=2, gpu=None, flops=1e11)
 )
 def test_expectation_names_what_computes(machine: Machine | None, line: str) -> None:
     reason = "this CPU has no bfloat16"
-    told = expectation("float32", reason, 3, 13, Ahead(machine, None))
+    told = expectation("float32", reason, ToDo(3, 0, 13), Ahead(machine, None))
     assert told == [line, "3 of 13 stages have to run: no estimate of the time"]
 
 
@@ -194,8 +210,81 @@ def test_expectation_names_what_computes(machine: Machine | None, line: str) -> 
 def test_expectation_says_what_the_estimate_is_made_from(
     estimate: Estimate | None, words: str
 ) -> None:
-    told = expectation("float32", "so", 3, 13, Ahead(CPU, estimate))
+    told = expectation("float32", "so", ToDo(3, 0, 13), Ahead(CPU, estimate))
     assert told[1] == f"3 of 13 stages have to run: {words}"
+    told = expectation("float32", "so", ToDo(1, 4, 13), Ahead(CPU, estimate))
+    most = f"at most {words}" if words.startswith("about") else words
+    assert told[1] == f"1 stage has to run, up to 4 more depend on it: {most}"
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        (ToDo(12, 0, 12), "12 of 12 stages have to run: about 1 minute"),
+        (ToDo(1, 0, 13), "1 of 13 stages has to run: about 1 minute"),
+        (ToDo(1, 1, 13), "1 stage has to run, up to 1 more depends on it: at most about 1 minute"),
+        (
+            ToDo(2, 3, 13),
+            "2 stages have to run, up to 3 more depend on them: at most about 1 minute",
+        ),
+    ],
+)
+def test_expectation_counts_the_stages(stages: ToDo, words: str) -> None:
+    assert expectation("float32", "so", stages, Ahead(CPU, Estimate(8)))[1] == words
+
+
+def to_do_of(run: system.Run) -> ToDo:
+    graph = run.graph()
+    return to_do(plan(graph), Store(graph.config.store))
+
+
+def test_stages_that_wait_have_to_run_where_none_of_them_was_ever_made(
+    finished: system.Run, tmp_path: Path
+) -> None:
+    assert to_do_of(system.Run(finished.path, tmp_path / "empty")) == ToDo(13, 0, 13)
+    run = finished.copy(tmp_path / "store")
+    assert to_do_of(run) == ToDo(0, 0, 13)
+    for name in ("report", "evaluate"):
+        shutil.rmtree(run.store / name)
+    assert to_do_of(run) == ToDo(2, 0, 13)
+    # The artifacts of the four below may fit the pairs when these are made again.
+    run = finished.copy(tmp_path / "other")
+    shutil.rmtree(run.store / "pair")
+    assert to_do_of(run) == ToDo(1, 4, 13)
+
+
+LEVEL, CONSOLE = "PREFECT_LOGGING_LEVEL", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
+TELL = """
+import logging
+from rso.cli import _show_stages
+_show_stages()
+logging.getLogger("prefect.task_runs.telling").info("stage 1 of 1: prepare")
+logging.getLogger("prefect.flow_runs").info("words of Prefect")
+"""
+
+
+@pytest.mark.parametrize(
+    ("levels", "is_plain", "has_others"),
+    [
+        ({}, True, False),
+        ({LEVEL: "WARNING"}, True, False),
+        ({LEVEL: "info"}, False, True),
+        ({CONSOLE: "INFO"}, False, True),
+        ({LEVEL: "INFO", CONSOLE: "ERROR"}, True, False),
+        ({LEVEL: "ERROR", CONSOLE: "DEBUG"}, False, False),
+    ],
+)
+def test_each_line_appears_once_at_every_level_of_prefect(
+    levels: dict[str, str], is_plain: bool, has_others: bool, tmp_path: Path
+) -> None:
+    with processes.marked(tmp_path / "prefect") as starter:
+        quiet = {"PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore"}
+        starter.environment.update(levels | quiet)
+        done = starter.run([sys.executable, "-c", TELL], timeout=120)
+    assert done.returncode == 0, done.stderr
+    (line,) = (li for li in done.stderr.splitlines() if li.endswith("stage 1 of 1: prepare"))
+    assert (line == "stage 1 of 1: prepare") is is_plain
+    assert ("words of Prefect" in done.stderr) is has_others
 
 
 @pytest.mark.slow
@@ -213,9 +302,11 @@ def test_run_tells_each_stage_and_hides_what_prefect_says(
         lines = quiet.stderr.splitlines()
         started = lines.index("stage 1 of 13: prepare, cached: " + figure(run.artifact("prepare")))
         # A server that starts for the first time may have something to say.
-        device, stages = (line for line in lines[:started] if re.match("cpu, |1 of 13", line))
+        device, stages = (
+            line for line in lines[:started] if re.match("cpu, |1 of 13 stages", line)
+        )
         assert device == "cpu, float32: compute.dtype says so; 1 thread"
-        assert stages == "1 of 13 stages have to run: about 1 minute"
+        assert stages == "1 of 13 stages has to run: about 1 minute"
         assert lines[started:] == [
             *(ended(names, run.artifact(name), is_cached=True) for name in names[:-1]),
             "stage 13 of 13: report",
@@ -223,9 +314,9 @@ def test_run_tells_each_stage_and_hides_what_prefect_says(
         ]
         assert "stage 1 of 13" not in quiet.stdout and "Finished in state" not in quiet.stderr
         shutil.rmtree(run.store / "report")
-        starter.environment["PREFECT_LOGGING_LEVEL"] = "INFO"
+        starter.environment[LEVEL] = "INFO"
         shown = starter.run(command, timeout=300)
     assert shown.returncode == 0, shown.stderr
-    kinds = Counter(line.partition(" - ")[2] for line in shown.stderr.splitlines())
-    assert kinds["stage 13 of 13: report"] == 1
+    lines = shown.stderr.splitlines()
+    assert sum(line.endswith("stage 13 of 13: report") for line in lines) == 1
     assert "Finished in state Completed(" in shown.stderr

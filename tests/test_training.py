@@ -773,8 +773,9 @@ def test_margin_that_is_nan_stops_the_choice() -> None:
 
 def test_judged_figures_hold_at_extreme_margins() -> None:
     found = judged([-1e4, 0.0, 1e4])
-    assert found.values == [0.0, 0.5, 1.0]
-    assert found.figures == {"win_rate": 0.5, "mean_probability": 0.5, "mean_margin": 0.0}
+    assert found.values == pytest.approx([0.0, 0.5, 1.0])
+    expected = {"win_rate": 0.5, "mean_probability": 0.5, "mean_margin": 0.0}
+    assert found.figures == pytest.approx(expected)
 
 
 def test_evaluation_steps_are_even_and_end_with_the_last() -> None:
