@@ -2,7 +2,8 @@
 
 Runs `rso run --config` with the seed in a store of its own and writes one JSON file to
 benchmarks/results/: the gold's win rate over SFT and the look of the answers, greedy and sampled,
-the ranker's figures, seconds per stage, machine, dtype and commit. A run that was stopped goes on.
+every contest and paired difference, the ranker's figures, seconds per stage, machine, dtype and
+commit. A run that was stopped goes on.
 `--pool` reads the files of several seeds instead and prints the pooled win rate with an interval
 that resamples seeds, and prompts within them.
 
@@ -50,6 +51,7 @@ def main() -> None:
     graph = Graph(config, Store(config.store))
     made = {name: found for name in graph.table if (found := graph.find(name)) is not None}
     ranker = made["train_ranker"].manifest.counters
+    metrics = made["evaluate"].read("metrics").to_pylist()
     dtype = config.compute.dtype
     result = {
         "command": " ".join(["python", *sys.argv]),
@@ -61,7 +63,8 @@ def main() -> None:
         "wall_seconds": round(wall),
         "stage_seconds": {n: round(a.manifest.timings["seconds"]) for n, a in made.items()},
         "ranker": {name: ranker[name] for name in RANKER if name in ranker},
-        "answers": figures(made["evaluate"].read("metrics").to_pylist()),
+        "answers": figures(metrics),
+        "metrics": [row for row in metrics if row["opponent"]],
         "verdicts": _verdicts(made["evaluate"].read("judgements").to_pylist()),
     }
     path = Path(f"benchmarks/results/default-{dtype}-seed{arguments.seed}.json")

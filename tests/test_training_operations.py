@@ -217,9 +217,9 @@ def test_adapters_are_merged_into_what_is_written(
     seen: list[Tensor] = []
     ids = torch.tensor([[5, 6, 7, 8]])
 
-    def evaluate(model: nn.Module) -> float:
+    def evaluate(model: nn.Module) -> list[float]:
         seen.append(model(input_ids=ids).logits)
-        return float(len(seen))
+        return [float(len(seen))]
 
     result = run_policy(
         tiny_llama_dir,
