@@ -140,7 +140,7 @@ def _more_sft(graph: Graph) -> list[dict[str, Any]]:
     store = _store(config, SFT)
     made = {"train_sft": _again(Graph(longer, graph.store), store, "train_sft", {})}
     learnt = made["train_sft"].manifest.counters["tokens"]
-    if learnt < 0.95 * sum(tokens.values()):
+    if learnt < 0.9 * sum(tokens.values()):
         sys.exit(
             f"ladder: {more} demonstrations are wanted for {sum(tokens.values()):.0f} tokens and "
             f"there are only {learnt:.0f} tokens of them; give train_sft fewer examples"
