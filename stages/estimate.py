@@ -5,6 +5,7 @@ other the tokens that pass through a model are counted and divided by rates of t
 """
 
 import json
+import logging
 import re
 import struct
 from collections import defaultdict
@@ -23,6 +24,8 @@ from rso.models import base_of, locate, parse_source
 from rso.sources import RawRow, read_source
 from stages.machine import Machine, measure
 from stages.token_counts import Lengths, Tokens, tokens
+
+logger = logging.getLogger(__name__)
 
 CHARACTERS_PER_TOKEN = 4
 ROWS_READ = 300
@@ -81,8 +84,9 @@ def look_ahead(names: Sequence[str], config: Config, store: Store) -> Ahead:
     try:
         flops = machine.flops if machine is not None else None
         return Ahead(machine, estimate(names, config, store, flops))
-    except Exception:
+    except Exception as error:
         # What is wrong with a file or a model is for the stage to say that needs it.
+        logger.debug("no estimate: %s", error, exc_info=True)
         return Ahead(machine, None)
 
 

@@ -33,7 +33,7 @@ from rso.training.ranker import (
     margin_loss,
     margins,
     mean_loss,
-    positional_bias,
+    slot_bias,
     train_ranker,
 )
 from rso.training.selection import evaluation_steps
@@ -308,7 +308,7 @@ def test_ranker_step_equals_plain_computation(
 def test_ranker_losses_at_margin_1_and_bias_3() -> None:
     bias = torch.tensor(3.0, requires_grad=True)
     z = torch.stack([1 + bias, 1 - bias])[None]
-    assert positional_bias(z).item() == pytest.approx(3.0)
+    assert slot_bias(z).item() == pytest.approx(3.0)
     assert margin_loss(z).item() == pytest.approx(0.313, abs=5e-4)
     assert mean_loss(z).item() == pytest.approx(1.073, abs=5e-4)
     (of_margin,) = torch.autograd.grad(margin_loss(z).sum(), bias, retain_graph=True)

@@ -79,7 +79,7 @@ class RankerTrainer(PrefixTrainer[RankerExample]):
         weights = torch.tensor([w for e in examples for w in e.weights], device=z.device)
         losses = LOSSES[self.settings.orders](z)
         if self.settings.bias_penalty:
-            losses = losses + self.settings.bias_penalty * positional_bias(z).square()
+            losses = losses + self.settings.bias_penalty * slot_bias(z).square()
         mean = z.detach().mean(dim=1)
         figures = {"accuracy": float(_hits(mean).sum()), "margin": float(mean.sum())}
         return Sums((losses * weights).sum(), figures)
@@ -109,7 +109,7 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def positional_bias(z: Tensor) -> Tensor:
+def slot_bias(z: Tensor) -> Tensor:
     """Return (z_AB + z_BA) / 2 [comparison], nats, of margins z [comparison, 2]."""
     return (z[:, 0] - z[:, 1]) / 2
 
