@@ -3,15 +3,18 @@
 Every ranker starts from the SFT policy of `--config` and learns from the run's own comparisons,
 with the settings of `train_ranker` but for the loss. Each kind trains on about the same number of
 tokens, so `flip`, which reads one order of a pair, sees more pairs. A seed draws other comparisons
-in another order. Judged on all held-out comparisons and on the candidates of `decode`, in both
-orders: accuracy, accuracy in single orders, log loss (ln 2 is a coin), calibration error, slot
+in another order. Judged on all held-out comparisons and on the candidates of NUM_PROMPTS prompts
+of `decode`, in both orders: accuracy, accuracy in single orders, log loss (ln 2 is a coin), calibration error, slot
 bias and its spread, and within prompts the correlation of rewards with gold points, for rewards
 with the baseline first and in both orders.
 
 A finished training is kept in `<store>-rankers/` and not repeated; every result is a line of
 benchmarks/results/rankers.jsonl.
 
-Run: python benchmarks/rankers.py [--config FILE] [--seeds 0 1 2 3 4] [--kinds mean margin]
+The default run holds out too few comparisons to tell rankers apart: ask for more prompts of them.
+
+Run: python benchmarks/rankers.py --set comparisons.num_validation_prompts=140
+     python benchmarks/rankers.py [--config FILE] [--seeds 0 1 2 3 4] [--kinds mean margin]
 """
 
 import argparse
@@ -39,10 +42,11 @@ from stages.train_ranker import FIELDS, fold
 
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "margin": {"orders": "margin", "bias_penalty": 0.0},
-    "margin+penalty": {"orders": "margin", "bias_penalty": 0.05},
+    "margin+penalty": {"orders": "margin", "bias_penalty": 0.02},
     "mean": {"orders": "mean", "bias_penalty": 0.0},
     "flip": {"orders": "flip", "bias_penalty": 0.0},
 }
+NUM_PROMPTS = 24
 
 
 def main() -> None:
@@ -91,7 +95,7 @@ class _Data:
                 next(r["response"] for r in group if r["is_baseline"]),
                 [r["response"] for r in group],
             )
-            for prompt_id, group in sorted(texts.items())
+            for prompt_id, group in sorted(texts.items())[:NUM_PROMPTS]
         ]
 
 
