@@ -149,7 +149,7 @@ class JudgeShard:
         read = matches(as_judged(self.templates, generations), prompts)
         rows = judge_by_length(read)
         for judge, ranker in rankers.items():
-            with progress(judge, total=len(played), unit="verdicts") as bar:
+            with progress(judge, total=2 * len(played), unit="comparisons") as bar:
                 logits = ranker.preference(comparisons, progress=bar)
             rows += judge_by_logits(judge, played, map(float, logits))
         if self.labeller is not None:

@@ -152,7 +152,7 @@ class PairShard:
             Comparison(one.prompt["prompt"], *(one.rows[index]["response"] for index in game[:2]))
             for one, game in flat
         ]
-        with progress("pair", total=len(flat), unit="pairs") as bar:
+        with progress("pair", total=2 * len(flat), unit="comparisons") as bar:
             logits = ranker.preference(comparisons, progress=bar)
         return [
             Match(one, game, float(logit)) for (one, game), logit in zip(flat, logits, strict=True)
