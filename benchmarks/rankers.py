@@ -4,9 +4,9 @@ Every ranker starts from the SFT policy of `--config` and learns from the run's 
 with the settings of `train_ranker` but for the loss. Each kind trains on about the same number of
 tokens, so `flip`, which reads one order of a pair, sees more pairs. A seed draws other comparisons
 in another order. Judged on all held-out comparisons and on the candidates of NUM_PROMPTS prompts
-of `decode`, in both orders: accuracy, accuracy in single orders, log loss (ln 2 is a coin), calibration error, slot
-bias and its spread, and within prompts the correlation of rewards with gold points, for rewards
-with the baseline first and in both orders.
+of `decode`, in both orders: accuracy, accuracy in single orders, log loss (ln 2 is a coin),
+calibration error, slot bias and its spread, and within prompts the correlation of rewards with gold
+points, for rewards with the baseline first and in both orders.
 
 A finished training is kept in `<store>-rankers/` and not repeated; every result is a line of
 benchmarks/results/rankers.jsonl.

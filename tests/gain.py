@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -20,12 +21,15 @@ if __name__ == "__main__":
 
 import system
 
-WORDS = """
+WORDS = re.findall(
+    r"\w+",
+    """
     Anchor Barley Canyon Dolphin Ember Falcon Garnet Harbor Island Juniper Kestrel Lantern Meadow
     Nectar Orchard Pebble Quarry Raven Saddle Thistle Umbra Violet Willow Yarrow Zephyr Basket
     Copper Desert Engine Forest Glacier Hammer Ivory Jungle Kettle Ladder Marble Needle Oyster
     Pillow
-    """.split()
+    """,
+)
 JOINTS = ["of the", "and the", "with the", "near the", "by the"]
 TEMPLATES = {
     "prompt": "{prompt}\nSummary:",
