@@ -4,8 +4,8 @@ Runs `rso run --config` with the seed in a store of its own and writes one JSON 
 benchmarks/results/: the gold's win rate over SFT and the look of the answers, greedy and sampled,
 every contest and paired difference, the ranker's figures, seconds per stage, machine, dtype and
 commit. A run that was stopped goes on.
-`--pool` reads the files of several seeds instead and prints the pooled win rate with an interval
-that resamples seeds, and prompts within them.
+`--pool` reads the files of several seeds instead. It prints them as Markdown tables, with the
+pooled win rate under the gold and an interval that resamples seeds, and prompts within them.
 
 Run: python benchmarks/default_run.py --seed 0 [--set KEY=VALUE]
      python benchmarks/default_run.py --pool benchmarks/results/default-*.json
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,38 @@ from ladder import figures
 from rso import seeds
 from rso.artifact import Store
 from rso.config import load_config, resolve
-from rso.evaluation import POINTS, POLICY, REFERENCE
+from rso.evaluation import HUMAN, POINTS, POLICY, REFERENCE
 from stages.runner import Graph
 
 RESAMPLES = 4000
 RANKER = ("accuracy", "accuracy_low", "accuracy_high", "held_out_comparisons", "positional_bias")
+
+
+GAIN = (
+    "seed",
+    "dtype",
+    "gold, greedy",
+    "gold, sampled",
+    "ranker, greedy",
+    "length, greedy",
+    "gold, policy against the human line",
+    "gold, SFT against it",
+    "ranker's held-out accuracy",
+)
+LOOK = (
+    "seed",
+    "dtype",
+    "most common first word, greedy",
+    "sampled",
+    "distinct first words, greedy",
+    "sampled",
+    "words, greedy",
+    "ROUGE-L, greedy",
+    "sampled",
+    "chrF, greedy",
+    "sampled",
+    "KL, nats",
+)
 
 
 def main() -> None:
@@ -74,15 +102,71 @@ def main() -> None:
 
 
 def pool(results: Sequence[Mapping[str, Any]]) -> None:
-    """Print the gold's win rate per seed and pooled, greedy and sampled."""
-    for sampling in ("greedy", "sampled"):
-        per_seed = [np.array(result["verdicts"][sampling]) for result in results]
-        for result, verdicts in zip(results, per_seed, strict=True):
-            print(
-                f"{sampling} seed {result['seed']} {result['dtype']}: {100 * verdicts.mean():.1f}"
-            )
-        value, low, high = (100 * share for share in two_level(per_seed))
-        print(f"{sampling}, {len(results)} runs: {value:.1f} [{low:.1f}, {high:.1f}]")
+    """Print, as Markdown, the gain and the look of the answers of each run, and the pooled gain."""
+    results = sorted(results, key=lambda result: (result["dtype"], result["seed"]))
+    _head(GAIN)
+    for result in results:
+        found = partial(_metric, result)
+        accuracy = [result["ranker"][name] for name in RANKER[:3]]
+        print(
+            f"| {result['seed']} | {result['dtype']} |",
+            _percent(found("win_rate", judge="gold", opponent=REFERENCE)),
+            _percent(found("win_rate", judge="gold", opponent=REFERENCE, sampling="sampled")),
+            _percent(found("win_rate", judge="ranker", opponent=REFERENCE)),
+            _percent(found("win_rate", judge="length", opponent=REFERENCE)),
+            _percent(found("win_rate", judge="gold", opponent=HUMAN)),
+            _percent(found("win_rate", judge="gold", opponent=HUMAN, system=REFERENCE)),
+            _percent(accuracy),
+        )
+    pooled = [
+        _percent(two_level([np.array(result["verdicts"][sampling]) for result in results]))
+        for sampling in ("greedy", "sampled")
+    ]
+    print(f"| {len(results)} runs, pooled | |", *pooled, "| | | | |")
+    print()
+    _head(LOOK)
+    for result in results:
+        greedy, sampled = result["answers"]["greedy"], result["answers"]["sampled"]
+        found = partial(_metric, result)
+        cells = ["{:.0%}, {:.0%}".format(*a["top_first_word_share"]) for a in (greedy, sampled)]
+        cells += ["{:.0f}, {:.0f}".format(*a["distinct_first_words"]) for a in (greedy, sampled)]
+        cells += ["{:.1f}, {:.1f}".format(*greedy["mean_words"])]
+        cells += [
+            _signed(found(f"{name}_difference", judge="", opponent=REFERENCE, sampling=sampling))
+            for name in ("rouge_l", "chrf")
+            for sampling in ("greedy", "sampled")
+        ]
+        cells += [f"{result['answers']['kl_nats']:.2f}"]
+        print(f"| {result['seed']} | {result['dtype']} |", " | ".join(cells), "|")
+
+
+def _head(names: Sequence[str]) -> None:
+    print("|", " | ".join(names), "|")
+    print("|" + "---|" * len(names))
+
+
+def _metric(
+    result: Mapping[str, Any],
+    metric: str,
+    *,
+    judge: str,
+    opponent: str,
+    system: str = POLICY,
+    sampling: str = "greedy",
+) -> list[float]:
+    """Return estimate, lower and upper end of a figure."""
+    wanted = (metric, judge, opponent, system, sampling)
+    names = ("metric", "judge", "opponent", "system", "sampling")
+    (row,) = (r for r in result["metrics"] if tuple(r[name] for name in names) == wanted)
+    return [row[name] for name in ("value", "low", "high")]
+
+
+def _percent(estimate: Sequence[float]) -> str:
+    return "{:.1f} [{:.1f}, {:.1f}] |".format(*(100 * share for share in estimate))
+
+
+def _signed(estimate: Sequence[float]) -> str:
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*estimate)
 
 
 def two_level(per_seed: Sequence[np.ndarray]) -> tuple[float, float, float]:
