@@ -15,6 +15,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from rso import seeds
+from rso.errors import UserError
 
 Duplicates = Literal["keep", "collapse"]
 Rewards = Sequence[float] | npt.NDArray[np.floating]
@@ -35,7 +36,7 @@ _NEVER = np.uint64(2**64 - 1)
 _DECLINED, _RETIRED = -1, -2
 
 
-class NonFiniteReward(ValueError):
+class NonFiniteReward(UserError):
     """A reward is NaN or infinite. NaN compares false, so the listing would accept it silently."""
 
 

@@ -296,6 +296,18 @@ def test_targets_stage_without_any_target_says_what_to_change(
         run_stage(run.graph(REST), "targets", given={"rewards": str(tmp_path / "rewards")})
 
 
+@pytest.mark.parametrize("stage", ["reject", "targets"])
+def test_stage_given_a_reward_that_is_not_finite_tells_the_user_which(
+    finished: system.Run, tmp_path: Path, stage: str
+) -> None:
+    run = finished.copy(tmp_path / "store")
+    rows = run.rows("score/rewards")
+    rows[3] |= {"reward": float("nan")}
+    reshard(rows, tmp_path / "rewards", "rewards", 3)
+    with pytest.raises(UserError, match=rf"{stage}, prompt .*{rows[3]['response_id']} has reward"):
+        run_stage(run.graph(REST), stage, given={"rewards": str(tmp_path / "rewards")})
+
+
 @pytest.mark.parametrize("base", ["model", "reference"])
 def test_sft_trains_on_targets(finished: system.Run, tmp_path: Path, base: str) -> None:
     """As docs/pairs.md tells it, from the base model or from the SFT policy."""
