@@ -295,12 +295,19 @@ def load_generation_config(location: str | Path) -> "GenerationConfig":
     return found
 
 
-def stop_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the ids that end a response, ascending: tokenizer's and generation config's."""
-    found = {int(tokenizer.eos_token_id)}
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    if configured is not None:
-        found.update(configured if isinstance(configured, list) else [configured])
+def stop_token_ids(
+    generation_config: "GenerationConfig | None", tokenizer: "PreTrainedTokenizerBase"
+) -> list[int]:
+    """Return the ids that end a response, ascending: the tokenizer's and the generation config's.
+
+    The two differ in chat models, where the end of a turn is not the end of a text. A response ends
+    at either.
+    """
+    found: set[int] = set()
+    for holder in (generation_config, tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        if ids is not None:
+            found.update([ids] if isinstance(ids, int) else ids)
     return sorted(found)
 
 
@@ -345,7 +352,7 @@ def save_model(
     _clear_quantisation(model)
     model.generation_config = make_generation_config(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stop_token_ids(model, tokenizer),
+        eos_token_id=stop_token_ids(model.generation_config, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from rso import decoding, seeds
+from rso import decoding, models, seeds
 from rso.decoding import (
     Decoder,
     Request,
@@ -100,6 +101,30 @@ def decoder(kind: str, subject: Family, request: pytest.FixtureRequest) -> Itera
 @pytest.fixture
 def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Decoder:
     return TransformersDecoder(model, tokenizer)
+
+
+@our_llama
+def test_transformers_decode_ends_at_the_stop_tokens_of_tokenizer_and_generation_config(
+    engine: Decoder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A chat model has two: the end of a turn in one, the end of a text in the other."""
+    sampling = Sampling(1.5, 0, 1.0, 60, num_samples=64)
+    request = Request("0" * 16, tokenizer.encode(PROMPTS[0]))
+    (drawn,) = engine.decode([request], sampling, seed=1)
+    (turn, _), *_ = Counter(i for response in drawn for i in response.token_ids).most_common()
+    assert turn != tokenizer.eos_token_id
+    config = deepcopy(model.generation_config)
+    config.eos_token_id = turn
+    stops = {turn, tokenizer.eos_token_id}
+    assert set(models.stop_token_ids(config, tokenizer)) == stops
+    before, model.generation_config = model.generation_config, config
+    try:
+        (found,) = TransformersDecoder(model, tokenizer).decode([request], sampling, seed=1)
+    finally:
+        model.generation_config = before
+    ends = {response.token_ids[-1] for response in found if response.finish_reason == "stop"}
+    assert ends == stops
+    assert all(not stops & set(response.token_ids[:-1]) for response in found)
 
 
 def plain_logits(model: PreTrainedModel, prompt: list[int], response: list[int]) -> Tensor:

@@ -187,7 +187,9 @@ def test_packaged_model_converts_and_stops(tmp_path: Path) -> None:
     models.save_model(model, tokenizer, tmp_path)
     saved = models.load_model(tmp_path, dtype=torch.bfloat16)
     opened = models.load_tokenizer(tmp_path)
-    assert models.stop_token_ids(saved, opened) == [opened.convert_tokens_to_ids("<|im_end|>")]
+    assert models.stop_token_ids(saved.generation_config, opened) == [
+        opened.convert_tokens_to_ids("<|im_end|>")
+    ]
     chat = [{"role": "user", "content": "What is 2+2?"}]
     prompt = opened.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
     output = saved.generate(**prompt, max_new_tokens=40, do_sample=False)[0].tolist()

@@ -4,7 +4,7 @@ Importing this module imports neither torch nor vllm; an engine is imported by `
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -97,7 +97,7 @@ class Endings:
     """How the responses of one call end: by an end-of-sequence token, or by a stop text."""
 
     tokenizer: Any
-    token_ids: frozenset[int]
+    token_ids: Collection[int]
     texts: tuple[str, ...] = ()
 
     def has_stop_text(self, token_ids: Sequence[int]) -> bool:
@@ -173,15 +173,6 @@ def require_room(requests: Sequence[Request], context_length: int, max_new_token
     _, refused = check_room(requests, context_length, max_new_tokens)
     if refused:
         raise UserError(f"{len(refused)} of {len(requests)} prompts refused: {refused[0].reason}.")
-
-
-def stop_token_ids(generation_config: object, tokenizer: object) -> frozenset[int]:
-    """Return the ids that end a response: the generation config's, or else the tokenizer's."""
-    for holder in (generation_config, tokenizer):
-        found = getattr(holder, "eos_token_id", None)
-        if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
-    return frozenset()
 
 
 def num_drawn(sampling: Sampling) -> int:

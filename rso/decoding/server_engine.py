@@ -37,7 +37,6 @@ from rso.decoding import (
     Servers,
     num_drawn,
     require_room,
-    stop_token_ids,
 )
 from rso.decoding.endpoint import NOT_FINITE, Endpoint, Unavailable, connect, send, short
 from rso.decoding.journal import Journal
@@ -126,7 +125,9 @@ class ServerDecoder:
         if self._base is not None:
             adapters.check_fit(directory, config)
         self._tokenizer = models.load_tokenizer(directory)
-        self._stop_ids = stop_token_ids(models.load_generation_config(directory), self._tokenizer)
+        self._stop_ids = models.stop_token_ids(
+            models.load_generation_config(directory), self._tokenizer
+        )
         self._context_length: int | None = None
         if not servers.endpoints:
             raise UserError(
@@ -291,7 +292,7 @@ class ServerDecoder:
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
-            "stop_token_ids": sorted(self._stop_ids),
+            "stop_token_ids": self._stop_ids,
             "ignore_eos": True,
             "stop": list(sampling.stop),
             "return_token_ids": True,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rso import models
 from rso.decoding import (
     Decoded,
     Endings,
@@ -31,7 +32,6 @@ from rso.decoding import (
     draws,
     num_drawn,
     require_room,
-    stop_token_ids,
 )
 from rso.decoding.causal import CausalWave
 from rso.decoding.encoder_decoder import EncoderDecoderWave
@@ -49,10 +49,8 @@ Wave = CausalWave | EncoderDecoderWave
 
 def load(directory: str, *, dtype: str = "bfloat16", device: str = "auto") -> "TransformersDecoder":
     """Return the decoder of a model directory on `device`, auto being cuda where there is one."""
-    from rso.models import load_model, load_tokenizer
-
-    model = load_model(directory, dtype=getattr(torch, dtype), device=device)
-    return TransformersDecoder(model, load_tokenizer(directory))
+    model = models.load_model(directory, dtype=getattr(torch, dtype), device=device)
+    return TransformersDecoder(model, models.load_tokenizer(directory))
 
 
 class TransformersDecoder:
@@ -62,7 +60,7 @@ class TransformersDecoder:
         wave_class(model).check(model)
         self._model: PreTrainedModel | None = model
         self._tokenizer = tokenizer
-        self._stop_ids = stop_token_ids(model.generation_config, tokenizer)
+        self._stop_ids = models.stop_token_ids(model.generation_config, tokenizer)
         self._lock = threading.Lock()
         is_on_cpu = model.device.type == "cpu"
         self._rows_per_wave = BatchSize(

@@ -28,7 +28,6 @@ from rso.decoding import (
     not_finite,
     num_drawn,
     require_room,
-    stop_token_ids,
 )
 from rso.decoding.vllm_sampler import TopKSampler
 from rso.errors import UserError, first_sentence
@@ -71,7 +70,9 @@ class VllmDecoder:
         self, directory: str, *, dtype: str = "bfloat16", max_model_len: int | None = None
     ) -> None:
         self._tokenizer = models.load_tokenizer(directory)
-        self._stop_ids = stop_token_ids(models.load_generation_config(directory), self._tokenizer)
+        self._stop_ids = models.stop_token_ids(
+            models.load_generation_config(directory), self._tokenizer
+        )
         self._lock = threading.Lock()
         self._llm, self._adapter = start(directory, dtype, max_model_len=max_model_len)
         self._sampler = TopKSampler(self._llm) if is_on_cpu() else None
@@ -133,7 +134,7 @@ class VllmDecoder:
             max_tokens=sampling.max_new_tokens,
             # of the chosen token alone; asked always, as they show a broken model
             logprobs=0,
-            stop_token_ids=sorted(self._stop_ids),
+            stop_token_ids=self._stop_ids,
             ignore_eos=True,
             # only stop texts need vLLM to write text
             stop=list(sampling.stop),
