@@ -1,7 +1,7 @@
 """The only reader and writer of artifacts.
 
-`<store>/<stage>/<fingerprint>/` holds a directory an output and `manifest.json`, written last. The
-store is a local directory or an fsspec URL.
+`<store>/<stage>/<fingerprint>/` holds one directory per output, and `manifest.json`, which is
+written last. The store is a local directory or an fsspec URL.
 """
 
 import logging
@@ -43,7 +43,11 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{8,64}")
 
 
 class Artifact:
-    """A finished, immutable result of a stage."""
+    """A finished, immutable result of a stage.
+
+    A method that takes the name of an output raises `UserError` if there is no such output. A
+    method for dataset outputs also raises it for any other output.
+    """
 
     def __init__(self, files: Files, manifest: Manifest) -> None:
         self._files, self.manifest = files, manifest
@@ -68,7 +72,7 @@ class Artifact:
         return f"{self.directory}/{name}"
 
     def digest(self, name: str) -> str:
-        """Return the content digest of an output: what the next stage depends on."""
+        """Return the content digest of an output; it is part of the next stage's fingerprint."""
         self._known(name)
         return self.manifest.digests[name]
 
@@ -86,17 +90,25 @@ class Artifact:
         return [f"{self.output(name)}/{shard}" for shard in self._shard_names(name)]
 
     def shard(self, name: str, index: int) -> pa.Table:
-        """Return one shard of a dataset output, checked against its schema."""
+        """Return one shard of a dataset output, checked against its schema.
+
+        Raises:
+            UnreadableShard: the file is missing or broken.
+            SchemaMismatch: the file does not have the schema of the output.
+        """
         return parquet.read_shard(self.output(name), name, index, self.num_shards(name))
 
     def read(self, name: str) -> pa.Table:
-        """Return all rows of a dataset output, shard after shard."""
+        """Return all rows of a dataset output, shard after shard; raises as `shard` does."""
         return pa.concat_tables([self.shard(name, i) for i in range(self.num_shards(name))])
 
     def local(self, name: str) -> str:
-        """Return a local directory with an output's files, downloaded once where the store is far.
+        """Return a local directory with an output's files; a remote output is downloaded once.
 
-        The copy is kept by content under `$RSO_CACHE_DIR` (default: the user's cache directory).
+        The download lies in `cache_directory()`, under the output's content digest.
+
+        Raises:
+            StoreError: a downloaded file does not have the bytes that the manifest states.
         """
         self._known(name)
         if self._files.is_local:
@@ -168,10 +180,11 @@ class Store:
         return self._files.url("")
 
     def find(self, stage: str, fingerprint: str, *, verify: bool = False) -> Artifact | None:
-        """Return the artifact, or None if there is none that is whole.
+        """Return the artifact, or None if there is none that is complete.
 
-        Manifest, files and sizes are checked always, every byte with `verify`. What fails is
-        renamed to `<fingerprint>.corrupt-N`, with a warning.
+        The manifest, the files and their sizes are always checked; every byte is checked with
+        `verify`. A broken artifact is renamed to `<fingerprint>.corrupt-N` with a warning, unless
+        another run is building it.
         """
         artifact, problems = self._inspect(stage, fingerprint, verify=verify)
         if not problems:
@@ -181,7 +194,10 @@ class Store:
         return self._find_or_set_aside(stage, fingerprint, verify=verify)
 
     def artifacts(self, stage: str | None = None) -> list[Artifact]:
-        """Return all artifacts, of one stage or of all, newest first; files are not checked."""
+        """Return all artifacts of one stage or of all stages, newest first.
+
+        Files are not checked. An artifact with a broken manifest is left out with a warning.
+        """
         stages = [stage] if stage is not None else self._files.children("")
         found = [
             artifact
@@ -192,10 +208,10 @@ class Store:
         return sorted(found, key=lambda a: (a.manifest.created_at, a.fingerprint), reverse=True)
 
     def open(self, text: str) -> Artifact:
-        """Return the artifact that `stage` (the newest) or `stage/fingerprint-prefix` names.
+        """Return the artifact named by `stage` (its newest) or by `stage/fingerprint-prefix`.
 
         Raises:
-            UserError: there is none, or several begin with the prefix.
+            UserError: there is no such artifact, or several fingerprints begin with the prefix.
         """
         stage, _, prefix = text.partition("/")
         every = self.artifacts(stage) if _STAGE.fullmatch(stage) else []
@@ -215,30 +231,33 @@ class Store:
         return found[0]
 
     def verify(self, artifact: Artifact) -> list[str]:
-        """Return what is wrong with an artifact, every byte read; nothing is set aside."""
+        """Return the problems of an artifact after reading every byte; nothing is set aside."""
         found, problems = self._inspect(artifact.stage, artifact.fingerprint, verify=True)
         if found is None and not problems:
             return [f"{artifact.directory}: it is gone"]
         return problems
 
     def discard(self, artifact: Artifact) -> str | None:
-        """Rename an artifact to `<fingerprint>.discarded-N`, so that it is made anew; return it."""
+        """Rename an artifact to `<fingerprint>.discarded-N`, so that its stage runs again.
+
+        Returns the new path or URL, or None if a local artifact is already gone.
+        """
         with writing(self.root):
             aside = self._files.set_aside(_path(artifact.stage, artifact.fingerprint), "discarded")
         return None if aside is None else self._files.url(aside)
 
     @contextmanager
     def build(self, stage: str, fingerprint: str, *, force: bool = False) -> Iterator[Work]:
-        """Hold the one build of an artifact; see `Work`.
+        """Hold the only build of an artifact; see `Work`.
 
-        Waits while another run builds it; then `work.existing` is its artifact. With `force` the
-        artifact is built although it exists, and the old one is set aside as
-        `<fingerprint>.replaced-N` once the new one is complete. An unfinished build leaves its work
-        for the next attempt.
+        Waits while another run builds the same artifact. `work.existing` is the artifact if it
+        exists by then. With `force` an existing artifact is built again, and the old one is renamed
+        to `<fingerprint>.replaced-N` once the new one is complete. The work of an unfinished build
+        is kept, and the next attempt continues from it.
 
         Raises:
             StoreError: the store cannot be written.
-            LockLost: on a remote store, another run took this one's lease over.
+            LockLost: on a remote store, another run took over the lease of this run.
         """
         hold = self._local_build if self._files.is_local else self._remote_build
         with hold(stage, fingerprint, _path(stage, fingerprint), force) as work:
@@ -292,7 +311,7 @@ class Store:
                     mirror.restore()
                     existing = _finish(path, publish)
             if existing is not None:
-                # What a build left that was killed between its manifest and its clearing up.
+                # A build that was killed after it wrote the manifest has not removed its work.
                 self._files.remove_tree(f"{directory}.work")
                 yield Work(stage, fingerprint, path, publish, existing)
                 return
@@ -322,7 +341,10 @@ class Store:
     def _find_or_set_aside(
         self, stage: str, fingerprint: str, *, verify: bool = False
     ) -> Artifact | None:
-        """Return the artifact, or set aside what is broken; only while no other run builds it."""
+        """Return the artifact, or None after setting a broken one aside.
+
+        Call it only while no other run builds the artifact.
+        """
         artifact, problems = self._inspect(stage, fingerprint, verify=verify)
         if not problems:
             return artifact
@@ -341,11 +363,11 @@ class Store:
     def _inspect(
         self, stage: str, fingerprint: str, *, verify: bool
     ) -> tuple[Artifact | None, list[str]]:
-        """Return the artifact, or None and what is wrong with it (nothing, if it is not there)."""
+        """Return the artifact, or None and its problems; an absent artifact has no problems."""
         directory = _path(stage, fingerprint)
         data = self._files.read(f"{directory}/{MANIFEST}")
         if data is None:
-            # On a remote store this is what an artifact on its way looks like.
+            # On a remote store, an artifact that is being published has no manifest yet.
             is_broken = self._files.is_local and os.path.isdir(self._files.path(directory))
             return None, [f"{MANIFEST} is missing"] if is_broken else []
         try:
@@ -402,12 +424,12 @@ class Store:
 
 
 def digest_directory(directory: str, output: str) -> str:
-    """Return the content digest of an output that lies in a local directory of any name.
+    """Return the content digest of an output in a local directory, which may have any name.
 
-    It equals the digest of the same output in the store.
+    The digest equals that of the same output in the store.
 
     Raises:
-        UserError: the directory is missing, or is not the dataset that `output` should be.
+        UserError: the directory is missing, or `output` is a dataset and the directory is not.
     """
     if not os.path.isdir(directory):
         raise UserError(
@@ -437,7 +459,7 @@ def _work_directory(root: str, stage: str, fingerprint: str) -> str:
 
 
 def _finish(path: str, publish: Callable[[Manifest], Artifact]) -> Artifact | None:
-    """Publish a build that was killed after its manifest was written; None if there is none."""
+    """Publish a build that was killed after it wrote its manifest; return None if there is none."""
     manifest_path = os.path.join(path, MANIFEST)
     try:
         with open(manifest_path, "rb") as file:
@@ -452,7 +474,7 @@ def _finish(path: str, publish: Callable[[Manifest], Artifact]) -> Artifact | No
 
 
 def _remove_empty(path: str) -> None:
-    """Remove a work directory in which nothing was finished."""
+    """Remove a work directory if it holds nothing."""
     for directory in (os.path.join(path, SCRATCH), path):
         with suppress(OSError):
             os.rmdir(directory)

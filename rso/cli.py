@@ -297,7 +297,7 @@ def export_pairs(
 ) -> None:
     """Write the preference pairs as one file for DPO training in another library.
 
-    The trainers make of it the text that `rso` trains on; docs/export.md says how to start them.
+    Each trainer builds from it the text that `rso` trains on. docs/export.md says how to start one.
     """
     from rso.export import export_pairs as write_pairs
     from rso.models import load_tokenizer, resolve
@@ -322,7 +322,7 @@ def export_pairs(
 
 
 def main() -> None:
-    """Run the command line: exit code 2 for the user's mistakes, 1 for ours."""
+    """Run the command line; exit code 2 is for the user's mistakes, 1 for defects of rso."""
     debug = "--debug" in sys.argv
     try:
         app(args=[argument for argument in sys.argv[1:] if argument != "--debug"])
@@ -384,7 +384,7 @@ def _tell_what_to_expect(
 
     names = [p.stage.name for p in planned if p.status != "cached"]
     ahead = look_ahead(names, graph.config, graph.store)
-    # Not those of the graph, where auto is resolved.
+    # Load the settings again: the graph's have `auto` resolved.
     reason = dtype_reason(load_config(config, overrides).compute)
     stages = to_do(planned, graph.store)
     for line in expectation(graph.config.compute.dtype, reason, stages, ahead):
@@ -394,7 +394,7 @@ def _tell_what_to_expect(
 def _run_flow(config: Path, overrides: list[str]) -> None:
     from stages.process import guard_this_run
 
-    # Before Prefect is imported: its temporary server, too, is to end with this run.
+    # Before Prefect is imported: its temporary server must end with this run too.
     guard_this_run()
     _show_stages()
     from flows import REFUSED, rso_full
@@ -405,10 +405,10 @@ def _run_flow(config: Path, overrides: list[str]) -> None:
 
 
 def _show_stages() -> None:
-    """Import Prefect such that each line about a stage appears once, by its console or by ours."""
+    """Import Prefect so that one console handler, its or ours, prints each line about a stage."""
     level = os.environ.get("PREFECT_LOGGING_LEVEL") or "WARNING"
     console = os.environ.get(CONSOLE_LEVEL) or ("NOTSET" if _shows_info(level) else "WARNING")
-    # For the console alone: a server gets Prefect's lines as ever. Prefect reads it once.
+    # This is the level of the console only: a server still gets all lines. Prefect reads it once.
     os.environ[CONSOLE_LEVEL] = console
     from flows import tell_on_stderr
 

@@ -1,8 +1,9 @@
 """A digest of the code that can change what a stage writes.
 
-It covers the stage's module and every project module it imports, as syntax trees: comments,
-docstrings and layout do not count, and Python versions agree. A data file beside an imported
-module with the same stem (`report.py`, `report.css`) counts byte by byte.
+It covers the stage's module and every project module that it imports, except `PLUMBING`. Modules
+are compared as syntax trees: comments, docstrings and layout do not count, and all Python versions
+give the same digest. A data file beside an imported module with the same stem (`report.py`,
+`report.css`) counts byte by byte.
 """
 
 import ast
@@ -20,7 +21,7 @@ from rso.fingerprint import fingerprint
 PACKAGES = ("schemas", "rso", "pipelines", "stages", "flows")
 
 # Modules that cannot change what is computed from the same settings and inputs. A name stands for
-# the module and all below it; "stages" stands for its `__init__` alone.
+# the module and all modules below it. Only "stages" stands for its `__init__` alone.
 PLUMBING = (
     "flows",
     "pipelines.workers",
@@ -46,9 +47,9 @@ PLUMBING = (
     "stages.process",
     "stages.runner",
 )
-# Raise it when a change to plumbing changes what stages write: every stage then runs again.
+# Raise this when a change to plumbing changes what stages write: every stage then runs again.
 PLUMBING_FORMAT = 1
-# What goes through the artifact writer has the shape of its schema, so plumbing does not hide it.
+# Schemas determine what plumbing writes. So imports of this package count in plumbing too.
 FOLLOWED_FROM_PLUMBING = "schemas"
 
 _ENCODING_FORMAT = 1
@@ -76,7 +77,7 @@ class CodeDigestError(UserError):
 
 @dataclass(frozen=True)
 class CodeDigest:
-    """The digest of a stage's code, and the digest of each module it is made of."""
+    """The digest of a stage's code, and the digest of each module in it."""
 
     digest: str
     modules: dict[str, str]
@@ -92,13 +93,14 @@ class _Module:
 def code_digest(
     module: str, *, root: Path | None = None, packages: tuple[str, ...] = PACKAGES
 ) -> CodeDigest:
-    """Return the digest of `module` and of all project modules that it imports, in any function.
+    """Return the digest of `module` and of all project modules that it imports.
 
-    `root` is the directory that holds the `packages`; by default the one this package lies in.
+    Imports inside functions count, and so do imports of imported modules. `root` is the directory
+    that holds the `packages`, by default the directory above this package.
 
     Raises:
-        CodeDigestError: a module does not exist, imports dynamically, or star-imports from the
-            project; the message names file and line.
+        CodeDigestError: a module does not exist, has a star import from the project, or (outside
+            `PLUMBING`) imports or runs code dynamically; the message says where.
     """
     root = root or Path(__file__).resolve().parents[1]
     project = _project(root, packages, _state(root, packages))
@@ -118,10 +120,10 @@ def is_plumbing(name: str) -> bool:
 
 
 def syntax_digest(source: str) -> str:
-    """Return the SHA-256 of the syntax tree of `source`, less comments, docstrings and layout.
+    """Return the SHA-256, in hex, of the syntax tree of `source`.
 
-    Statements that do nothing (`pass`, bare strings) do not count either, so that a docstring may
-    come and go.
+    Comments and layout do not count. Statements that do nothing (`pass`, bare strings) do not count
+    either, so adding or removing a docstring does not change the digest.
     """
     encoded = json.dumps(_encode(ast.parse(source)), separators=(",", ":"), sort_keys=True)
     return hashlib.sha256(encoded.encode()).hexdigest()
@@ -135,7 +137,7 @@ class _Project:
         self._imports: dict[str, set[str]] = {}
 
     def closure(self, name: str) -> list[_Module]:
-        """Return `name` and what it imports, directly or not, by name, plumbing left out."""
+        """Return `name` and all its direct and indirect imports, sorted by name, less plumbing."""
         start = self.find(name)
         if start is None:
             raise CodeDigestError(
@@ -161,7 +163,7 @@ class _Project:
                 yield found
 
     def imports(self, module: _Module) -> set[str]:
-        """Return the names of the project modules a module imports, parent packages included."""
+        """Return the project modules that a module imports, and their parent packages."""
         if module.name not in self._imports:
             self._imports[module.name] = self._read_imports(module)
         return self._imports[module.name]
@@ -174,7 +176,7 @@ class _Project:
         return {p.name for name in imports.names for p in [*self._parents(name)]} | imports.names
 
     def find(self, name: str) -> _Module | None:
-        """Return the module of that name, or None if no file has it."""
+        """Return the project module with this name, or None if it has no file."""
         parts = name.split(".")
         if parts[0] not in self._packages:
             return None
@@ -196,7 +198,7 @@ class _Project:
 
 
 def _state(root: Path, packages: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
-    """Return path, time and size of every source file of the packages."""
+    """Return path, modification time and size of every source file of the packages."""
     files = [root / f"{package}.py" for package in packages]
     files += [path for package in packages for path in (root / package).rglob("*.py")]
     stats = [(str(path), path.stat()) for path in sorted(files) if path.is_file()]
@@ -205,7 +207,7 @@ def _state(root: Path, packages: tuple[str, ...]) -> tuple[tuple[str, int, int],
 
 @lru_cache(maxsize=4)
 def _project(root: Path, packages: tuple[str, ...], _state: object) -> _Project:
-    """Return the project as it is in `_state`: its imports are looked for once, not per stage."""
+    """Return the project, cached by `_state`, so that imports are read once and not per stage."""
     return _Project(root, packages)
 
 
@@ -316,7 +318,7 @@ def _data(module: _Module) -> list[Path]:
     return sorted(
         path
         for path in beside
-        # One suffix, so that an editor's `report.css~` or `report.py.orig` does not count.
+        # Exactly one suffix: an editor's `report.css~` or `report.py.orig` must not count.
         if path.is_file()
         and path.stem == module.path.stem
         and path.suffix not in _PYTHON_SUFFIXES
@@ -339,15 +341,15 @@ def _parsed(path: Path, _mtime: int, _size: int) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-# `ctx` repeats the position of a node; the other two say nothing about what is run.
+# `ctx` follows from the position of a node. The others do not change what is run.
 _SILENT_FIELDS = frozenset(("ctx", "type_comment", "type_ignores", "kind"))
 
 
 def _encode(node: Any) -> Any:
     """Return a node as JSON's own types.
 
-    Fields that are None or empty are left out: an optional field that a later Python adds does not
-    change the encoding of code that does not use it.
+    Fields that are None or empty are left out. So code that does not use an optional field has the
+    same encoding in a Python version that adds the field.
     """
     if isinstance(node, ast.Constant):
         return ["Constant", type(node.value).__name__, _constant(node.value)]
@@ -364,7 +366,7 @@ def _encode(node: Any) -> Any:
 
 
 def _constant(value: object) -> Any:
-    # frozenset is only in optimised trees; repr of the others is the same in every version.
+    # Only optimised trees hold frozensets. All other types have the same repr in every version.
     return value if isinstance(value, str) else repr(value)
 
 
@@ -376,7 +378,7 @@ def _does_nothing(node: Any) -> bool:
 
 
 def _merged(values: list[ast.expr]) -> list[ast.expr]:
-    """Join adjacent texts of an f-string: Python versions cut them differently."""
+    """Join adjacent texts of an f-string: Python versions split them differently."""
     merged: list[ast.expr] = []
     for value in values:
         text = value.value if isinstance(value, ast.Constant) else None

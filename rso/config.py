@@ -1,7 +1,7 @@
-"""Every setting of the system: one YAML file, frozen, unknown keys refused.
+"""Every setting of the system: read from one YAML file, frozen, with unknown keys refused.
 
-A setting marked `Runtime` cannot change a result (paths, memory budgets, workers, logging) and
-stays out of fingerprints; every other setting is part of the identity of the stages that see it.
+A setting marked `RUNTIME` cannot change a result (paths, memory budgets, workers, logging) and is
+not in fingerprints. Every other setting is part of the identity of the stages that see it.
 """
 
 import difflib
@@ -661,9 +661,9 @@ class Config(Section):
     )
 
     def view(self, sections: Sequence[str]) -> "Config":
-        """Return a copy that holds only `sections`; reading any other raises AttributeError."""
+        """Return a copy that holds only `sections`; reading another raises `AttributeError`."""
         view = self.model_copy()
-        # Not `model_construct`, which would show the defaults of what is hidden.
+        # Not `model_construct`: it would give hidden sections their defaults.
         for name in set(view.__dict__) - set(sections):
             del view.__dict__[name]
         return view
@@ -673,7 +673,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return the config in the YAML file `path` with `key.key=value` overrides applied.
 
     Raises:
-        UserError: the file is missing, is no YAML mapping, or holds an unknown or wrong setting.
+        UserError: the file cannot be read or is no YAML mapping, an override is malformed, or a
+            setting is unknown, missing or wrong.
     """
     import yaml
 
@@ -698,7 +699,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(data: Mapping[str, Any], *, where: str) -> Config:
-    """Return the validated config in `data`; `where` begins the message of a `UserError`."""
+    """Return the validated config in `data`.
+
+    Raises:
+        UserError: a setting is unknown, missing or wrong; the message begins with `where`.
+    """
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -721,10 +726,11 @@ def is_identity(field: FieldInfo) -> bool:
 
 
 def resolve(config: Config) -> Config:
-    """Return `config` with every `auto` that is part of an identity replaced by what it means here.
+    """Return `config` with each `auto` engine and dtype replaced by its value on this machine.
 
-    An engine resolves to vllm where the package is installed; the dtype to bfloat16 where the
-    machine has a GPU or CPU instructions for it, or by the CPU alone where `compute.device` is cpu.
+    An engine becomes vllm if the package is installed, else transformers. The dtype becomes
+    bfloat16 if the machine has a GPU or CPU instructions for it, else float32. GPUs do not count if
+    `compute.device` is cpu.
     """
     engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
     update: dict[str, Any] = {}
@@ -739,13 +745,13 @@ def resolve(config: Config) -> Config:
 
 
 def has_gpu() -> bool:
-    """Return whether this process may see a GPU of NVIDIA's, by what the system shows."""
+    """Return whether /dev has an NVIDIA GPU; False if CUDA_VISIBLE_DEVICES is the empty string."""
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     return not is_hidden and any(DEVICES.glob("nvidia[0-9]*"))
 
 
 def dtype_reason(compute: Compute) -> str:
-    """Return why models are held in the dtype that `resolve` chooses for these settings."""
+    """Return why `resolve` chooses its dtype for these settings, as words for the user."""
     if compute.dtype == "bfloat16" and not _computes_bfloat16(compute):
         return "compute.dtype says so; this CPU has no bfloat16 and emulates it slowly"
     if compute.dtype != "auto":
@@ -765,7 +771,7 @@ def _may_use_gpu(compute: Compute) -> bool:
 
 
 def _bfloat16_flag() -> str | None:
-    """Return the CPU's instruction set for bfloat16 as /proc/cpuinfo names it, None without one."""
+    """Return the CPU's instruction set for bfloat16, as /proc/cpuinfo names it, or None."""
     flags = CPUINFO.read_text() if CPUINFO.exists() else ""
     return next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags), None)
 
@@ -792,7 +798,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         child = place.get(parent, {})
         if not isinstance(child, dict):
             raise UserError(f"--set {override}: {parent!r} is a value, it has no keys.")
-        # A copy: what a YAML alias names elsewhere too stays as it is there.
+        # Change a copy: a YAML alias may name the same mapping in another place.
         copied = dict(child)
         place[parent] = copied
         place = copied
@@ -825,7 +831,7 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
         if isinstance(part, int):
             continue
         section = section.model_fields[part].annotation
-        # `Section | None` and `tuple[Section, ...]` name their section first.
+        # In `Section | None` and `tuple[Section, ...]` the section comes first.
         while get_args(section):
             section = get_args(section)[0]
     return list(section.model_fields)

@@ -1,7 +1,7 @@
-"""Digests of what an output says, not of how its files are laid out.
+"""Digests of the content of an output, not of the layout of its files.
 
-A dataset's digest is taken over its shards in order and their rows in order; row groups,
-compression and the version of pyarrow do not count.
+The digest of a dataset covers its shards in order and their rows in order. Row groups, compression
+and the version of pyarrow do not change it.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ def dataset_digest(shards: Iterable[str]) -> str:
 
 
 def table_digest(table: pa.Table) -> str:
-    """Return the SHA-256, in hex, over the column names, types and values of a table.
+    """Return the SHA-256, in hex, of the column names, types and values of a table.
 
-    Every column is its validity bits, then its values: numbers little-endian, booleans as bits,
-    texts as lengths and UTF-8, lists and maps as lengths and their items. What lies under a null
-    does not count, and all NaN are one.
+    Each column contributes its validity bits and then its values: numbers little-endian, booleans
+    as bits, texts as lengths and UTF-8, lists and maps as lengths and items. The bytes stored under
+    a null do not count. All NaN have the same encoding.
 
     Raises:
         TypeError: a column has a type without an encoding.
@@ -42,7 +42,7 @@ def table_digest(table: pa.Table) -> str:
 
 
 def files_digest(directory: str) -> str:
-    """Return the digest of all files in a directory, by relative path and bytes."""
+    """Return the digest of all files below a directory, by relative path and bytes."""
     found: dict[str, str] = {}
     for folder, _, names in os.walk(directory):
         for name in names:
@@ -53,7 +53,7 @@ def files_digest(directory: str) -> str:
 
 
 def file_sha256(path: str) -> str:
-    """Return the SHA-256, in hex, of a local file."""
+    """Return the SHA-256 of a local file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -63,7 +63,7 @@ def _columns(table: pa.Table) -> list[tuple[str, pa.DataType]]:
 
 
 def _type_name(type_: pa.DataType) -> str:
-    """Return our own spelling of a type; pyarrow's changes between versions."""
+    """Return our own name of a type; pyarrow's names change between versions."""
     if pa.types.is_string(type_) or pa.types.is_large_string(type_):
         return "string"
     if pa.types.is_binary(type_) or pa.types.is_large_binary(type_):
@@ -141,7 +141,7 @@ def _update_lists(digest: Any, chunks: list[pa.Array], *, is_map: bool) -> None:
             filled = pc.fill_null(pc.list_value_length(chunk), 0)
             lengths = np.asarray(filled.to_numpy(zero_copy_only=False), dtype=np.int64)
         digest.update(np.where(_valid(chunk), lengths, 0).astype("<i8").tobytes())
-    # `drop_null` first: a null may have items under it.
+    # Drop the nulls first: Arrow may store items under a null.
     present = [chunk.drop_null() for chunk in chunks]
     if is_map:
         spans = [(c, int(c.offsets[0].as_py()), int(c.offsets[-1].as_py())) for c in present]

@@ -1,14 +1,14 @@
-"""The one error class that is the user's to mend: printed without a stack trace, exit code 2."""
+"""Errors that the user can correct: printed without a stack trace, with exit code 2."""
 
 import re
 
 
 class UserError(ValueError):
-    """A mistake in a config, an input or an environment, told in one sentence with its remedy."""
+    """A mistake in a config, an input or the environment; the message also says what to do."""
 
 
 class PromptError(UserError):
-    """Something is wrong at one prompt, which is known here by its text alone."""
+    """A mistake at one prompt; the code that raises it knows the prompt's text and not its id."""
 
     def __init__(self, prompt: str, message: str) -> None:
         super().__init__(message)
@@ -16,5 +16,5 @@ class PromptError(UserError):
 
 
 def first_sentence(text: str, most: int = 400) -> str:
-    """Return what a library's message says first, without the advice and lists after it."""
+    """Return the first sentence of a library's message, at most `most` characters of it."""
     return re.split(r"\.\s+(?=[A-Z])", " ".join(text.split()), maxsplit=1)[0][:most].rstrip(".")

@@ -1,4 +1,4 @@
-"""The files of a store, on a disk or behind an fsspec URL, and what their errors mean to a user."""
+"""The files of a store, on a disk or behind an fsspec URL, with errors that a user can act on."""
 
 import errno
 import hashlib
@@ -26,7 +26,7 @@ class StoreError(UserError):
 
 @contextmanager
 def writing(where: str) -> Iterator[None]:
-    """Turn a full or read-only store into a `StoreError` that names it and the remedy."""
+    """Turn the error of a full or read-only store into a `StoreError` that says what to do."""
     try:
         yield
     except OSError as error:
@@ -47,7 +47,7 @@ def writing(where: str) -> Iterator[None]:
 
 
 class Files:
-    """The files below a root; every path given is relative to it, with forward slashes."""
+    """The files below a root. Every path argument is relative to the root, with forward slashes."""
 
     def __init__(self, root: str) -> None:
         if not root:
@@ -69,15 +69,19 @@ class Files:
             )
 
     def path(self, path: str) -> str:
-        """Return the path as the file system knows it."""
+        """Return the path that the file system takes."""
         return f"{str(self.root).rstrip('/')}/{path}" if path else str(self.root)
 
     def url(self, path: str) -> str:
-        """Return the path as users and readers know it: a plain path, or a URL."""
+        """Return the path that users and other libraries take: a local path or a URL."""
         return self.path(path) if self.is_local else str(self.fs.unstrip_protocol(self.path(path)))
 
     def read(self, path: str) -> bytes | None:
-        """Return the bytes of a file, or None if there is none."""
+        """Return the bytes of a file, or None if there is no such file.
+
+        Raises:
+            StoreError: the file may not be read.
+        """
         try:
             return bytes(self.fs.cat_file(self.path(path)))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -89,12 +93,12 @@ class Files:
             ) from error
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a file; remote only, where a write is whole or not there."""
+        """Write a file. Remote only: there a file appears complete or not at all."""
         assert not self.is_local
         self.fs.pipe_file(self.path(path), data)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a file unless it is there; say whether this call made it. Remote only."""
+        """Write a file unless it exists; say whether this call made it. Remote only."""
         assert not self.is_local
         try:
             self.fs.pipe_file(self.path(path), data, mode="create")
@@ -109,7 +113,7 @@ class Files:
         return True
 
     def sizes(self, directory: str) -> dict[str, int]:
-        """Return the size of every file below a directory, by path relative to it."""
+        """Return the size in bytes of every file below a directory, by path relative to it."""
         self.fs.invalidate_cache()
         base = self.path(directory)
         try:
@@ -128,12 +132,15 @@ class Files:
         return sorted(str(p).rstrip("/").rsplit("/", 1)[-1] for p in found)
 
     def remove(self, path: str) -> None:
-        """Remove a file that may be gone already."""
+        """Remove a file, if it exists."""
         with suppress(FileNotFoundError):
             self.fs.rm_file(self.path(path))
 
     def remove_tree(self, directory: str) -> None:
-        """Remove a directory, its manifest first, so that what is left is no artifact."""
+        """Remove a directory.
+
+        A remote removal is not atomic: the manifest goes first, so that the rest is no artifact.
+        """
         if self.is_local:
             shutil.rmtree(self.path(directory), ignore_errors=True)
             return
@@ -146,7 +153,7 @@ class Files:
         self.fs.cp_file(self.path(source), self.path(target))
 
     def sha256(self, path: str) -> str:
-        """Return the SHA-256, in hex, of a file."""
+        """Return the SHA-256 of a file, in hex."""
         digest = hashlib.sha256()
         with self.fs.open(self.path(path), "rb") as file:
             while block := file.read(1 << 20):
@@ -154,7 +161,10 @@ class Files:
         return digest.hexdigest()
 
     def set_aside(self, directory: str, why: str) -> str | None:
-        """Rename a directory to `<directory>.<why>-N`, N new; None if another process did it."""
+        """Rename a directory to `<directory>.<why>-N` with the first free N; return the new path.
+
+        Returns None if a local directory is already gone.
+        """
         number = 1
         while True:
             target = f"{directory}.{why}-{number}"
@@ -176,7 +186,7 @@ class Files:
                 return target
 
     def download(self, path: str, target: str) -> None:
-        """Copy a file of the store to a local path, which is whole or not there."""
+        """Copy a file of the store to a local path, where it appears complete or not at all."""
         os.makedirs(os.path.dirname(target), exist_ok=True)
         temporary = temporary_name(target)
         with self.fs.open(self.path(path), "rb") as source, open(temporary, "wb") as file:
@@ -189,28 +199,28 @@ class Files:
 
 
 def temporary_name(path: str) -> str:
-    """Return the hidden name beside `path` under which a file is written before its rename."""
+    """Return the path of a new hidden file beside `path`, to write and then rename to `path`."""
     directory, name = os.path.split(path)
     return os.path.join(directory, f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
 
 
 def is_temporary(path: str) -> bool:
-    """Say whether a file is one that a killed writer left behind."""
+    """Say whether a file has the name of an unfinished write, see `temporary_name`."""
     name = path.rsplit("/", 1)[-1]
     return name.startswith(".") and name.endswith(".tmp")
 
 
 def write_durably(path: str, data: Any) -> None:
-    """Write a local file whole: temporary file, flush to disk, rename."""
+    """Write a local file completely or not at all: temporary file, flush to disk, rename."""
     with replaced(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
 
 
 @contextmanager
 def replaced(path: str) -> Iterator[str]:
-    """Yield a name beside `path` to write a file at; at the end, on disk, it takes its place.
+    """Yield a temporary path; at the end flush the file there to disk and rename it to `path`.
 
-    After an exception nothing is left and `path` is as it was.
+    After an exception the temporary file is removed, and `path` is unchanged.
     """
     temporary = temporary_name(path)
     try:
@@ -224,7 +234,7 @@ def replaced(path: str) -> Iterator[str]:
 
 
 def sync_directory(path: str) -> None:
-    """Flush a directory's entries to disk, so that a rename outlives a power cut."""
+    """Flush a directory's entries to disk, so that a rename survives a power cut."""
     _flush(path)
 
 
@@ -237,7 +247,7 @@ def _flush(path: str) -> None:
 
 
 def _creates_exclusively(fs: Any) -> bool:
-    # The base class only looks whether the file exists before it writes, which is no lock.
+    # The base class checks that the file is absent and then writes it: two runs may both succeed.
     method = getattr(type(fs), "_pipe_file", None) or type(fs).pipe_file
     if method is fsspec.AbstractFileSystem.pipe_file:
         return False

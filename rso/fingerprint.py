@@ -1,4 +1,4 @@
-"""Canonical JSON to hash: the same value has the same fingerprint on every machine and version."""
+"""Hashes of canonical JSON: a value has the same fingerprint on every machine and version."""
 
 import hashlib
 import json
@@ -7,16 +7,16 @@ from typing import Any
 
 from rso.errors import UserError
 
-# JSON has no NaN and no infinity; this key marks their encoding and is refused everywhere else.
+# JSON has no NaN and no infinity. This key marks their encoding, and no other dict may have it.
 _FLOAT_KEY = "$float"
 
 
 class UnstableValue(UserError):
-    """A value without a stable encoding was to be fingerprinted."""
+    """A value has no stable encoding, so it has no fingerprint."""
 
 
 def fingerprint(value: Any) -> str:
-    """Return the SHA-256, in hex, of the canonical JSON of `value`.
+    """Return the SHA-256 of the canonical JSON of `value`, in hex.
 
     Raises:
         UnstableValue: as `canonical_json`.
@@ -27,25 +27,25 @@ def fingerprint(value: Any) -> str:
 def canonical_json(value: Any) -> str:
     """Return `value` as ASCII JSON with sorted keys and no spaces.
 
-    Lists and tuples are the same; 1, 1.0 and True are three different values; a key with the value
-    None differs from an absent key. Floats are written by `repr`, infinities and NaN as
-    `{"$float": "inf"}`.
+    A list equals a tuple with the same items. 1, 1.0 and True are three different values. A key
+    with the value None differs from an absent key. Floats are written by `repr`. Infinities and NaN
+    are written as `{"$float": "inf"}`.
 
     Raises:
-        UnstableValue: a value (named by its path) is not made of exactly None, bool, int, float,
-            str, list, tuple and dict with string keys.
+        UnstableValue: a type is not exactly None, bool, int, float, str, list, tuple or dict, or a
+            key is not a string or is `$float`; the message names the place.
     """
     encoded = plain_json(value)
     return json.dumps(encoded, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def plain_json(value: Any, path: str = "value") -> Any:
-    """Return `value` as JSON's own types, tuples as lists, infinities and NaN as marked strings.
+    """Return `value` as JSON's own types: tuples as lists, infinities and NaN as marked dicts.
 
     Raises:
         UnstableValue: as `canonical_json`.
     """
-    # Exact types: subclasses (enums, numpy floats) print differently from one version to the next.
+    # Exact types only: subclasses (enums, numpy floats) print differently in other versions.
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
@@ -62,7 +62,7 @@ def plain_json(value: Any, path: str = "value") -> Any:
 
 
 def from_plain_json(value: Any) -> Any:
-    """Return the value that `plain_json` encoded, tuples as lists."""
+    """Return the value that `plain_json` encoded, with lists in place of tuples."""
     if isinstance(value, list):
         return [from_plain_json(item) for item in value]
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A GPU for each worker process of this machine, so that no engine is loaded beside another."""
+"""One GPU per worker process of this machine, so that no two workers load models on one GPU."""
 
 import ctypes
 import fcntl
@@ -11,14 +11,17 @@ import tempfile
 
 from rso.errors import UserError
 
-# In a worker's environment: how many workers this machine has.
+# Environment variable of a worker: the number of workers on this machine.
 WORKERS = "RSO_WORKERS"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _NAME = re.compile(r"\d+|(GPU|MIG)-.+")
 
 
 def device_of_worker(device: str) -> str:
-    """Return where this process puts a model: a worker's own GPU for auto and cuda, else `device`.
+    """Return the device for this process's models.
+
+    For `auto` and `cuda`, one of several workers claims a GPU for itself, and `cuda` is returned.
+    In all other cases `device` is returned.
 
     Raises:
         UserError: no GPU is left for this worker, or its GPU does not work.
@@ -42,13 +45,13 @@ def device_of_worker(device: str) -> str:
 
 @functools.cache
 def claim_gpu() -> str | None:
-    """Claim a GPU for this worker until its process ends, and make it the only one CUDA sees.
+    """Claim a GPU for this worker until its process ends, and make it the only one that CUDA sees.
 
-    Returns its name in CUDA_VISIBLE_DEVICES; None where nothing is shared out: without GPUs, and in
-    a process that is not one of several workers.
+    Returns the GPU's name in CUDA_VISIBLE_DEVICES. Returns None without GPUs, and in a process that
+    is not one of several workers.
 
     Raises:
-        UserError: there are more workers than GPUs, or other runs hold them.
+        UserError: there are more workers than GPUs, or other runs hold all GPUs.
     """
     num_workers = int(os.environ.get(WORKERS, "1"))
     gpus = visible_gpus() if num_workers > 1 else []
@@ -60,7 +63,8 @@ def claim_gpu() -> str | None:
             f"beam.num_workers is {num_workers}, and each worker needs one of the {where} to "
             f"itself; set beam.num_workers={len(gpus)}, or compute.device=cpu."
         )
-    # Too late, it would see them all and take the first.
+    # CUDA reads the variable once, when it is initialised. After that, a claim has no effect: the
+    # worker would see all GPUs and use the first.
     assert not _is_cuda_initialised(), (
         "a worker initialised CUDA before it claimed a GPU; where NVML is missing, counting GPUs "
         f"does that: set {_VISIBLE}"
@@ -76,19 +80,19 @@ def claim_gpu() -> str | None:
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs that CUDA would show this process, by their names in CUDA_VISIBLE_DEVICES."""
+    """Return the GPUs that CUDA shows this process, by their names in CUDA_VISIBLE_DEVICES."""
     given = os.environ.get(_VISIBLE)
     if given is None:
         import torch
 
-        # By NVML, without initialising CUDA.
+        # torch counts by NVML, without initialising CUDA.
         return [str(index) for index in range(torch.cuda.device_count())]
-    # As CUDA reads it: what is no name, such as -1, hides all after it.
+    # Like CUDA, stop at the first entry that is not a device name, for example -1.
     return list(itertools.takewhile(_NAME.fullmatch, map(str.strip, given.split(","))))
 
 
 def _is_cuda_initialised() -> bool:
-    """Whether this process has its list of GPUs already; asks the driver, as torch may not know."""
+    """Whether CUDA has read its list of GPUs; asks the driver, because torch may not know."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -97,12 +101,16 @@ def _is_cuda_initialised() -> bool:
 
 
 def _hold(gpu: str) -> bool:
-    """Lock the file of a GPU unless another process has; the kernel unlocks it for the dead."""
-    # Jobs of a cluster may call different cards by the same number, and share none.
+    """Lock the file of a GPU; return False if another process holds it.
+
+    The kernel releases the lock when the process ends.
+    """
+    # Two Slurm jobs share no GPU but may use the same number for different GPUs. So each job has
+    # its own folder.
     job = os.environ.get("SLURM_JOB_ID", "alone")
     folder = os.path.join(tempfile.gettempdir(), f"rso-gpus-{os.getuid()}-{platform.node()}-{job}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    # Never closed: held as long as the process is there.
+    # Never closed, so the process holds the lock until it ends.
     lock = os.open(os.path.join(folder, gpu.replace("/", "-")), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

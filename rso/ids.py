@@ -1,19 +1,19 @@
 """Identifiers made from content: the same prompt or response has the same id in every run.
 
-All are the first 16 hex digits of SHA-256 over a canonical JSON list, so no separator inside a
-text can make two different lists collide.
+An id is the first 16 hex digits of the SHA-256 of a canonical JSON list. JSON quotes its texts, so
+no separator inside a text can make two different lists equal.
 """
 
 import hashlib
 import json
 import unicodedata
 
-# Constant: which shard a prompt falls into is part of the layout of every artifact.
+# Constant: the layout of every artifact depends on which shard a prompt falls into.
 _SHARD_KEY = b"rso-shard"
 
 
 def prompt_id(task: str, prompt: str) -> str:
-    """Id of a prompt of `task`; prompts equal after Unicode NFC normalisation share it."""
+    """Id of a prompt of `task`; prompts that are equal after Unicode NFC normalisation share it."""
     return _digest(task, unicodedata.normalize("NFC", prompt))
 
 
@@ -23,12 +23,12 @@ def response_id(prompt_id: str, origin: str, index: int) -> str:
 
 
 def pair_id(prompt_id: str, chosen_id: str, rejected_id: str) -> str:
-    """Id of a preference pair; the swapped pair has another."""
+    """Id of a preference pair; the swapped pair has another id."""
     return _digest("pair", prompt_id, chosen_id, rejected_id)
 
 
 def comparison_id(prompt_id: str, chosen_id: str, rejected_id: str) -> str:
-    """Id of a human (or synthetic) comparison; the swapped comparison has another."""
+    """Id of a human or synthetic comparison; the swapped comparison has another id."""
     return _digest("comparison", prompt_id, chosen_id, rejected_id)
 
 

@@ -1,9 +1,10 @@
-"""Locks that die with their holder: one run of a stage works, the others wait.
+"""Locks that end with their holder: one run builds an artifact, the others wait.
 
-On a disk this is `flock`. On an object store it is a lease: numbered objects that can only be
-created once (the number is the fencing token), and a heartbeat object that the holder rewrites. A
-waiter takes over when the heartbeat has not changed for the lease's length on the waiter's own
-clock, and a holder that was overtaken, or could not renew in time, finds out before it writes.
+On a disk the lock is `flock`. On an object store it is a lease: numbered objects that can be
+created only once (the number is the fencing token), and a heartbeat object that the holder
+rewrites. A waiter takes over when its own clock has counted the length of the lease without a new
+heartbeat. A holder checks before it writes: it stops if another run took over or if it could not
+renew the lease in time.
 """
 
 import fcntl
@@ -27,11 +28,11 @@ _held: "weakref.WeakSet[_Held]" = weakref.WeakSet()
 
 
 class LockLost(RuntimeError):
-    """Another run took the lease over while this one did not answer; its work counts."""
+    """The lease was not renewed in time or another run took it over; that run's result counts."""
 
 
 class _Held:
-    """An open lock file; a child made by `fork` closes its copy, or it would hold the lock too."""
+    """An open lock file. A child made by `fork` closes its copy, which would hold the lock too."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -49,14 +50,14 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 @contextmanager
 def file_lock(path: str, what: str) -> Iterator[None]:
-    """Hold the lock file at `path`; wait for another holder, and say so once in the log."""
+    """Hold the lock file at `path`, after waiting for another holder; the wait is logged once."""
     with writing(os.path.dirname(path)):
         os.makedirs(os.path.dirname(path), exist_ok=True)
     held = _acquire(path, what)
     try:
         yield
     finally:
-        # Removed while still locked; who waits on the removed file finds that out and starts anew.
+        # Remove it while it is locked: a waiter then sees that its open file is gone, and retries.
         with suppress(OSError):
             os.remove(path)
         _held.discard(held)
@@ -80,9 +81,9 @@ def is_locked(path: str) -> bool:
 
 @contextmanager
 def private_directory(parent: str) -> Iterator[str]:
-    """Make a directory below `parent` for this run alone, and remove it at the end.
+    """Make a directory below `parent` for this run only, and remove it at the end.
 
-    What runs that were killed left below `parent` is removed first.
+    The directories of killed runs below `parent` are removed first.
     """
     with writing(parent):
         os.makedirs(parent, exist_ok=True)
@@ -142,8 +143,9 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise `LockLost` if the lease is no longer held, as far as is known without asking."""
-        # Half the length: a waiter on another clock must not get there first.
+        """Raise `LockLost` unless the lease is held; the store is not asked, see `confirm`."""
+        # Half the length of the lease: the holder must stop before a waiter, whose clock differs,
+        # takes over.
         if self._lost or time.monotonic() - self._renewed > self._seconds / 2:
             raise LockLost(
                 f"{self._files.url(self._directory)}: the lease was not renewed in "
@@ -152,7 +154,7 @@ class Lease:
             )
 
     def confirm(self) -> None:
-        """Ask the store, and raise `LockLost` if the lease is no longer held."""
+        """Ask the store, and raise `LockLost` unless the lease is held."""
         self.check()
         self._renew()
         self.check()
@@ -162,7 +164,7 @@ class Lease:
         self._stop.set()
         self._thread.join()
         if not self._lost and _top(self._files, self._directory) == (self._token, self._holder):
-            # The own token last: until it is gone, nobody can start again from number one.
+            # Remove this run's token last: while it exists, nobody can start again at token 1.
             names = sorted(self._files.children(self._directory), reverse=True)
             own = f"{self._token:08d}.json"
             for name in [n for n in names if n != own] + [own]:
@@ -173,7 +175,7 @@ class Lease:
             try:
                 self._renew()
             except Exception as error:
-                # The store may come back; `check` counts the time since the last renewal.
+                # The store may recover. `check` measures the time after the last renewal.
                 logger.warning("lease %s: not renewed (%s)", self._directory, error)
             if self._lost:
                 return
@@ -191,7 +193,7 @@ class Lease:
 
 @contextmanager
 def lease(files: Files, directory: str, what: str, seconds: float) -> Iterator[Lease]:
-    """Hold the lease kept in `directory`; wait for another holder, and say so once in the log."""
+    """Hold the lease in `directory`, after waiting for another holder; the wait is logged once."""
     held = _wait_for_lease(files, directory, what, seconds, time.monotonic)
     try:
         yield held
@@ -200,7 +202,7 @@ def lease(files: Files, directory: str, what: str, seconds: float) -> Iterator[L
 
 
 def is_leased(files: Files, directory: str) -> bool:
-    """Say whether a run holds the lease kept in `directory`, or held it when it was killed."""
+    """Say whether a run holds the lease in `directory`, or held it when it was killed."""
     return _top(files, directory)[0] > 0
 
 
@@ -239,7 +241,7 @@ def _state(files: Files, directory: str) -> tuple[int, str, str]:
 
 
 def _top(files: Files, directory: str) -> tuple[int, str]:
-    """Return the highest token and its holder, (0, "") if the lease is free."""
+    """Return the highest token and its holder, or (0, "") if the lease is free."""
     tokens = [int(n[:8]) for n in files.children(directory) if n.endswith(".json")]
     if not tokens:
         return 0, ""
@@ -247,5 +249,5 @@ def _top(files: Files, directory: str) -> tuple[int, str]:
     try:
         return max(tokens), str(json.loads(content or b"")["holder"])
     except ValueError:
-        # Removed between the listing and the reading: the next look will tell.
+        # The file was removed between the listing and the reading. A waiter looks again.
         return max(tokens), ""

@@ -1,4 +1,4 @@
-"""The manifest: what an artifact is, what it was computed from, and what it cost."""
+"""The manifest: what an artifact holds, what it was computed from, and what it cost."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ FORMAT = 1
 
 
 class BadManifest(ValueError):
-    """A manifest is not what was written."""
+    """The bytes of a manifest are not those that were written."""
 
 
 class FileEntry(BaseModel):
@@ -27,7 +27,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What `manifest.json` holds. It is written last: without it there is no artifact."""
+    """The content of `manifest.json`, written last: a directory without it is no artifact."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,7 +57,7 @@ class Manifest(BaseModel):
         return self
 
     def to_bytes(self) -> bytes:
-        """Return the JSON text, with a checksum over all other fields."""
+        """Return the JSON text with a checksum over all other fields, encoded as UTF-8."""
         body: dict[str, Any] = plain_json(self.model_dump(mode="python", warnings="error"))
         return _render({**body, "checksum": _checksum(body)})
 
@@ -66,7 +66,7 @@ def read_manifest(data: bytes, where: str) -> Manifest:
     """Return the manifest in `data`.
 
     Raises:
-        BadManifest: it is cut off, was changed, or is of another format.
+        BadManifest: the text is cut off, was changed, or has another format.
     """
     try:
         found = json.loads(data)

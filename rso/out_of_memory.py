@@ -1,4 +1,4 @@
-"""What happens where a batch does not fit: half of it is tried, once, and said so."""
+"""A batch that does not fit in memory is halved, once, with a warning."""
 
 import gc
 import logging
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 class BatchSize:
-    """The size of a batch, halved for good the first time that memory runs out.
+    """The size of a batch; it is halved for good the first time that memory runs out.
 
     Args:
-        unit: what is counted, e.g. `tokens`.
-        what: who computes, first words of the warning and the error.
-        advice: what makes the work smaller where half a batch does not fit either.
+        unit: what `size` counts, e.g. `tokens`.
+        what: the part that computes; the first words of the warning and the error.
+        advice: how to make the work smaller, for the error when half a batch does not fit.
     """
 
     def __init__(self, size: int, unit: str, *, what: str, advice: str) -> None:
@@ -27,12 +27,13 @@ class BatchSize:
         self._unit, self._what, self._advice = unit, what, advice
 
     def attempt(self, run: Callable[[int], T], most: int | None = None) -> T:
-        """Return `run(size)`, of half the size where memory runs out.
+        """Return `run(size)`; if memory runs out, halve the size and try again.
 
-        `most` is what there is to do: a batch that had less than `size` is halved itself.
+        `most` is the number of units that there are. If it is below `size`, the first batch has
+        `most` units, and half of `most` is tried next.
 
         Raises:
-            UserError: memory ran out with half the size too.
+            UserError: memory ran out after the size was halved, now or in another call.
         """
         size = self.size if most is None else min(self.size, most)
         try:
@@ -46,7 +47,7 @@ class BatchSize:
                     f"{self._what}: memory ran out in batches of {size} {self._unit}, half of "
                     f"what was tried first ({reason}); {self._advice}."
                 ) from error
-        # Out of the handler, whose traceback holds the tensors that did not fit.
+        # Try again outside the handler: its traceback holds the tensors that did not fit.
         self.size, self._is_halved = max(1, size // 2), True
         logger.warning(
             "%s: memory ran out (%s); going on in batches of %d %s, half as many",
@@ -62,6 +63,6 @@ class BatchSize:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out, on a GPU or (torch has no type for it) on the CPU."""
+    """Return whether memory ran out, on a GPU or on the CPU, for which torch has no error type."""
     is_cpus = "DefaultCPUAllocator: can't allocate memory" in str(error)
     return is_cpus or isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that ends."""
+"""Processes that end when the process that started them ends, in whatever way it ends."""
 
 import ctypes
 import os
@@ -9,10 +9,11 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent: int) -> None:
-    """Make the kernel kill this process when its parent, with this id, dies (Linux).
+    """Make the kernel kill this process when its parent, with the id `parent`, dies (Linux only).
 
-    A SIGKILLed parent runs no handlers, so the request is made to the kernel. The thread that
-    started this process must live as long as the parent; a parent gone already ends us at once.
+    A parent that is killed by SIGKILL runs no handlers, so the kernel is asked. The thread that
+    started this process must live as long as the parent: the kernel acts when that thread ends. If
+    the parent is already gone, this process exits at once with code 1.
     """
     if not sys.platform.startswith("linux"):
         return

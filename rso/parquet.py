@@ -1,4 +1,4 @@
-"""Shards: the Parquet files of a dataset, sorted, checked, and whole or not there."""
+"""Shards: the Parquet files of a dataset, sorted, checked, and either complete or absent."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from rso.files import write_durably, writing
 from schemas import SCHEMAS, check, sort_keys
 
-# Constant, so that the same rows make the same bytes whatever wrote them.
+# Constant, so that the same rows give the same bytes in every run.
 ROW_GROUP = 32_768
 _SHARD_NAME = re.compile(r"part-(\d{5})-of-(\d{5})\.parquet")
 
@@ -23,7 +23,7 @@ class DuplicateRows(ValueError):
 
 
 class UnreadableShard(ValueError):
-    """A shard is missing, or its bytes are not what was written."""
+    """A shard is missing, or its bytes are not those that were written."""
 
 
 def shard_name(index: int, num_shards: int) -> str:
@@ -36,13 +36,13 @@ def shard_name(index: int, num_shards: int) -> str:
 
 
 def write_shard(directory: str, name: str, index: int, num_shards: int, table: pa.Table) -> int:
-    """Write the rows of schema `name` as one shard in a local directory; return their number.
+    """Write the rows of schema `name` as one shard in a local directory; return how many.
 
-    Rows are sorted by the schema's keys, so the same rows make the same bytes. The file is whole or
-    not there, and replaces an earlier one.
+    Rows are sorted by the schema's keys, so the same rows give the same bytes. The file appears
+    complete or not at all. It replaces an existing shard of the same name.
 
     Raises:
-        SchemaMismatch: columns, types or nulls are not the schema's.
+        SchemaMismatch: the columns, types or nulls are not those of the schema.
         DuplicateRows: two rows have the same key.
         StoreError: the directory is full or cannot be written.
     """
@@ -67,33 +67,33 @@ def read_shard(
     num_shards: int,
     columns: Sequence[str] | None = None,
 ) -> pa.Table:
-    """Return the rows of one shard (of some `columns`, or all) from a directory or URL.
+    """Return the rows of one shard from a directory or URL, with `columns` or all columns.
 
     Raises:
         UnreadableShard: the file is missing or broken.
-        SchemaMismatch: it is not of schema `name`.
+        SchemaMismatch: the file does not have schema `name`.
     """
     path = f"{directory.rstrip('/')}/{shard_name(index, num_shards)}"
     table = read_parquet(path, columns)
     schema = SCHEMAS[name]
     names = schema.names if columns is None else list(columns)
     check(table, name, path, columns=columns)
-    # Parquet adds its own field ids to the metadata; what is read has the schema itself.
+    # Parquet adds field ids to the metadata. Replace it by the schema's own metadata.
     wanted = pa.schema([schema.field(column) for column in names], metadata=schema.metadata)
     return pa.Table.from_arrays(table.select(names).columns, schema=wanted)
 
 
 def read_parquet(path: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return the table in one Parquet file, at a path or URL, with its page checksums verified.
+    """Return the table in the Parquet file at a path or URL, with its page checksums verified.
 
-    Of `columns` those there are, or all.
+    The table has all columns, or those of `columns` that the file has.
 
     Raises:
         UnreadableShard: the file is missing or broken.
     """
     try:
         source = _fetch(path) if "://" in path else path
-        # ParquetFile, as `read_table` would make columns of folder names such as `a=b`.
+        # Not `read_table`: it would make columns of folder names such as `a=b`.
         with pq.ParquetFile(source, memory_map=True, page_checksum_verification=True) as parquet:
             return parquet.read(columns=None if columns is None else list(columns))
     except (OSError, pa.ArrowException) as error:
@@ -116,13 +116,17 @@ def num_shards(directory: str) -> int:
     """Return how many shards the dataset in a directory or URL has.
 
     Raises:
-        UnreadableShard: there are none, some are missing, or two layouts are mixed.
+        UnreadableShard: there are no shards, some are missing, or two shard counts are mixed.
     """
     return len(complete_shards(_names(directory), directory))
 
 
 def complete_shards(names: Sequence[str], where: str) -> list[str]:
-    """Return the shard names among `names`, in order; raise `UnreadableShard` unless complete."""
+    """Return the shard names among `names`, in order.
+
+    Raises:
+        UnreadableShard: as `num_shards`; the message begins with `where`.
+    """
     shards = sorted(name for name in names if _SHARD_NAME.fullmatch(name))
     totals = {int(m[2]) for name in shards if (m := _SHARD_NAME.fullmatch(name))}
     total = max(totals, default=0)
@@ -141,8 +145,8 @@ def complete_shards(names: Sequence[str], where: str) -> list[str]:
 def _fetch(url: str) -> pa.BufferReader:
     """Return the bytes of a remote file in Arrow's own memory.
 
-    Arrow's threads, given a Python file, may still want the interpreter while it ends: the process
-    then aborts although its work is done.
+    Arrow's threads would call the interpreter to read a Python file. If they do so while the
+    interpreter shuts down, the process aborts although its work is done.
     """
     sink = pa.BufferOutputStream()
     with fsspec.open(url, "rb") as file:

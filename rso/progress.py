@@ -1,4 +1,4 @@
-"""What long work shows: a bar in a terminal, and elsewhere a line a minute."""
+"""Progress of long work: a bar in a terminal, elsewhere one line per minute."""
 
 import os
 import sys
@@ -10,23 +10,23 @@ from typing import Any
 
 QUIET_SECONDS = 2.0
 SECONDS_BETWEEN_LINES = 60.0
-# In the environment of a worker of a pipeline: its number.
+# Environment variable with the number of a pipeline worker, from 0.
 WORKER = "RSO_WORKER"
 
 
 class _Named:
-    """All bars of one name in this process: how many there were, and their time without a line."""
+    """The bars of one name in this process: their number, and the seconds since their last line."""
 
     def __init__(self) -> None:
         self.count, self.silent = 0, 0.0
 
 
-# Each shard has a bar of its own. Many short shards are one long work that shows a line a minute.
+# Each shard has its own bar. Together, many short shards must still print one line per minute.
 _named: defaultdict[str, _Named] = defaultdict(_Named)
 
 
 def is_first_process() -> bool:
-    """Whether this process is alone, or the first of those that work together."""
+    """Whether this process works alone, or is the first of several that work together."""
     return os.environ.get("RANK", "0") == os.environ.get(WORKER, "0") == "0"
 
 
@@ -40,11 +40,11 @@ def duration(seconds: float) -> str:
 
 
 class progress:
-    """Shows how much of `total` units is done, and at which rate; `done` counts the units so far.
+    """Shows how many of `total` units are done, and the time left; `done` counts the units so far.
 
-    In a terminal it is a bar, which appears after two seconds. Elsewhere it is a line a minute on
-    standard error. Only the first of several processes shows it: in training its figures cover all
-    processes. `clock` returns seconds.
+    In a terminal it shows a bar after two seconds. Elsewhere it prints one line per minute to
+    standard error. Only the first of several processes shows anything. In training its figures
+    cover all processes. `clock` returns seconds.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class progress:
         self._bar: Any = None
         self._figures: dict[str, float] = {}
         self._is_shown, self._has_terminal = is_first_process(), sys.stderr.isatty()
-        # The rate is taken from here on: what is done at first may be from before an interruption.
+        # The rate counts from the first `advance`, which may report work of an interrupted run.
         self._first: tuple[float, int] | None = None
         self._named = _named[what]
         self._named.count += 1
         self._last_line = self._started - self._named.silent
 
     def advance(self, count: int = 1) -> None:
-        """Count `count` more units as done and show them."""
+        """Count `count` more units as done, and show the progress."""
         self.done += count
         if self._is_shown and self._has_terminal:
             self._draw(count)
@@ -71,7 +71,7 @@ class progress:
             self._say()
 
     def note(self, **figures: float) -> None:
-        """Show figures such as the loss beside the bar, or in the next line."""
+        """Show figures, such as the loss, beside the bar or in the next line."""
         self._figures = dict(figures)
         if self._bar is not None:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
@@ -128,7 +128,7 @@ class progress:
 def progress_line(
     what: str, amount: str, seconds: float, left: float | None, figures: Mapping[str, float]
 ) -> str:
-    """Return the line of a work that goes on; without `left` it says nothing of the rest."""
+    """Return one line of progress; `seconds` is the time so far, `left` that to come, if known."""
     parts = [f"{what}: {amount}", duration(seconds)]
     if left is not None:
         parts.append(f"about {duration(left)} left")

@@ -1,7 +1,7 @@
-"""Keyed randomness: every draw is a function of what it is for, never of when or where it is made.
+"""Keyed randomness: a draw depends on its purpose, never on when or where it is made.
 
-Two kinds: `generator` for a stream of draws under one key, and `uniforms_at` for one draw per id
-and round, so that bundling, sharding, retries and row order cannot change a result.
+There are two kinds. `generator` gives a stream of draws under one key. `uniforms_at` gives one draw
+per id and round, so that bundling, sharding, retries and row order cannot change a result.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ UInt64s = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 
-# splitmix64 (Steele, Lea, Flood 2014): the golden-ratio increment and the finaliser's multipliers.
+# splitmix64 (Steele, Lea, Flood 2014): the golden-ratio increment and the multipliers of the mix.
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
@@ -25,22 +25,22 @@ _DIGIT_OF[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)
 
 
 def key(*parts: str | int) -> int:
-    """64-bit key of `parts`: the first eight bytes of SHA-256 over their canonical JSON list."""
+    """The 64-bit key of `parts`: the first eight bytes of the SHA-256 of their JSON list."""
     encoded = json.dumps(parts, separators=(",", ":"), allow_nan=False).encode()
     return int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big")
 
 
 def generator(*parts: str | int) -> np.random.Generator:
-    """A counter-based generator (Philox) whose whole stream is fixed by `parts`."""
+    """A counter-based generator (Philox); `parts` determine its whole stream."""
     return np.random.Generator(np.random.Philox(key=key(*parts)))
 
 
 def hashes(ids: Sequence[str] | npt.NDArray[np.bytes_]) -> UInt64s:
-    """uint64 [n]: a number for each id that depends on nothing else.
+    """uint64 [n]: one number per id, which depends on the id alone.
 
-    For 16 hex digits, the form of our own ids, the number that they spell, which costs some
-    nanoseconds; for any other text its BLAKE2b, about a microsecond. An array of bytes holds ids
-    of 16 bytes.
+    16 lower-case hex digits, the form of our own ids, give the number that they spell, in some
+    nanoseconds. Any other text gives its BLAKE2b hash, in about a microsecond. An array of bytes
+    holds ids of 16 bytes.
     """
     if isinstance(ids, np.ndarray):
         return _hashes_of_16(ids)
@@ -53,35 +53,39 @@ def hashes(ids: Sequence[str] | npt.NDArray[np.bytes_]) -> UInt64s:
 
 
 def bases(ids: Sequence[str], *parts: str | int) -> UInt64s:
-    """uint64 [n]: one 64-bit state per id under the key `parts`; `uniforms_at` draws from it.
+    """uint64 [n]: one state per id under the key `parts`; `uniforms_at` draws from it.
 
-    Any text may be an id; each costs a hash of about a microsecond.
+    Any text may be an id. Each id costs a hash of about a microsecond.
     """
     hashed = np.array([_digest(i.encode()) for i in ids], dtype=np.uint64)
     return _mix(hashed ^ np.uint64(key(*parts)))
 
 
 def bases_of(prompt_hashes: UInt64s, id_hashes: UInt64s, *parts: str | int) -> UInt64s:
-    """uint64 [...]: one state per prompt and id under the key `parts`; the two broadcast.
+    """uint64 [...]: one state per prompt and id under the key `parts`, from their `hashes`.
 
-    The same for millions of candidates at a time, from their `hashes`.
+    The two arrays broadcast. This is fast enough for millions of candidates at a time. The states
+    differ from those of `bases`.
     """
     purpose = np.array([key(*parts)], dtype=np.uint64)
     return _states(id_hashes, _states(prompt_hashes, purpose))
 
 
 def uniforms_at(states: UInt64s, round: int) -> Floats:
-    """float64 [n] in [0, 1): the draw of each state in `round` (0, 1, ...), 53 random bits each."""
-    # In Python integers, since numpy warns when a product of two scalars wraps around.
+    """float64 in [0, 1), shaped as `states`: one draw of 53 random bits per state in `round`.
+
+    Rounds count from 0.
+    """
+    # Python integers: numpy warns when a product of two scalars wraps around.
     offset = np.uint64((round + 1) * int(_INCREMENT) % 2**64)
     bits: UInt64s = _mix(states + offset) >> np.uint64(11)
     return bits.astype(np.float64) * 2.0**-53
 
 
 def order(ids: Sequence[str], *parts: str | int) -> Indices:
-    """intp [n]: indices that put `ids` into the random order that belongs to the key `parts`.
+    """intp [n]: indices that put `ids` into a random order, which the key `parts` determines.
 
-    The order is one of the ids, whichever way they are given, provided that they are distinct.
+    The resulting order of distinct ids does not depend on the order in which they are given.
     """
     return np.argsort(bases(ids, "order", *parts), kind="stable")
 
@@ -89,7 +93,7 @@ def order(ids: Sequence[str], *parts: str | int) -> Indices:
 def _hashes_of_16(ids: npt.NDArray[np.bytes_]) -> UInt64s:
     raw = np.ascontiguousarray(ids).view(np.uint8).reshape(-1, HEX_DIGITS)
     digits = _DIGIT_OF[raw]
-    # Two digits a byte, the first the higher; eight bytes big-endian are the number.
+    # Two digits make a byte, the high digit first. Eight big-endian bytes make the number.
     pairs = np.ascontiguousarray(digits[:, 0::2] << 4 | digits[:, 1::2])
     hashed: UInt64s = pairs.view(">u8")[:, 0].astype(np.uint64)
     for index in np.flatnonzero((digits > 15).any(axis=1)):

@@ -1,4 +1,4 @@
-"""An artifact in the making: a directory that outlives a killed run, and its commit."""
+"""The build of an artifact: a work directory that survives a killed run, and its commit."""
 
 import logging
 import os
@@ -37,8 +37,9 @@ SCRATCH = "scratch"
 class Work:
     """The build of one artifact, held by one run at a time.
 
-    `existing` is the artifact that another run made while this one waited: there is nothing to do.
-    `directory` is local, and holds what an earlier killed run finished.
+    `existing` is the artifact if it is complete already: then there is nothing to do. It was in the
+    store, or a killed run had finished it except for its publication. `directory` is local, and
+    holds what a killed run finished.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Work:
 
     @property
     def scratch(self) -> str:
-        """A directory for checkpoints; it outlives a kill and is no part of the artifact."""
+        """A directory for checkpoints; it survives a kill and is not part of the artifact."""
         return self._made(SCRATCH)
 
     def output(self, name: str) -> str:
@@ -64,11 +65,11 @@ class Work:
         return self._made(name)
 
     def write_shard(self, output: str, index: int, num_shards: int, table: pa.Table) -> int:
-        """Write one shard of a dataset output; see `parquet.write_shard`."""
+        """Write one shard of a dataset output and return its rows; see `parquet.write_shard`."""
         return parquet.write_shard(self.output(output), output, index, num_shards, table)
 
     def has_shard(self, output: str, index: int, num_shards: int) -> bool:
-        """Say whether a shard was finished, by this run or an earlier one."""
+        """Say whether this run, or a killed run of the same build, finished a shard."""
         return parquet.has_shard(f"{self.directory}/{output}", index, num_shards)
 
     def shard(self, output: str, index: int, num_shards: int) -> pa.Table:
@@ -92,8 +93,9 @@ class Work:
         """Make the artifact from the outputs written so far, and return it.
 
         Raises:
-            UnreadableShard: a dataset output lacks shards.
-            LockLost: another run took this build over.
+            UnreadableShard: shards of a dataset output are missing or broken.
+            StoreError: the store is full or cannot be written.
+            LockLost: another run took over this build.
         """
         assert self.existing is None, f"{self.stage}: the artifact exists, nothing to commit"
         with writing(self.directory):
@@ -127,7 +129,7 @@ class Work:
         return path
 
     def _outputs(self) -> list[str]:
-        """Return the output directories, rid of what killed writers left behind."""
+        """Remove the temporary files of killed writers, and return the output directories."""
         for name in filter(is_temporary, walk(self.directory)):
             os.remove(os.path.join(self.directory, name))
         names = sorted(name for name in os.listdir(self.directory) if name != SCRATCH)
@@ -139,7 +141,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Output:
-    """What the manifest says of one output; `rows` only of a dataset."""
+    """What the manifest says about one output; `rows` is None unless it is a dataset."""
 
     name: str
     files: tuple[FileEntry, ...]
@@ -148,10 +150,10 @@ class Output:
 
 
 def describe(directory: str) -> Output:
-    """Return files, rows and content digest of a local output directory.
+    """Return the files, rows and content digest of a local output directory.
 
     Raises:
-        UnreadableShard: it is a dataset with shards missing or broken.
+        UnreadableShard: it is a dataset, and shards are missing or broken.
     """
     name = os.path.basename(directory)
     files = tuple(
@@ -171,7 +173,7 @@ def describe(directory: str) -> Output:
 def directory_digest(directory: str, output: str) -> str:
     """Return the content digest of a local directory that holds `output`.
 
-    An output named as a schema is a dataset; others are models or plain files.
+    An output with the name of a schema is a dataset. Other outputs are models or plain files.
     """
     if output in SCHEMAS:
         return read_dataset(directory, output)[0]
@@ -185,7 +187,7 @@ def directory_digest(directory: str, output: str) -> str:
 
 
 def read_dataset(directory: str, schema: str) -> tuple[str, int]:
-    """Return the content digest and the number of rows of a dataset, reading shard by shard."""
+    """Return the content digest and the number of rows of a dataset, read shard by shard."""
     total = parquet.num_shards(directory)
     digests, rows = [], 0
     for index in range(total):
@@ -196,7 +198,7 @@ def read_dataset(directory: str, schema: str) -> tuple[str, int]:
 
 
 def walk(directory: str) -> list[str]:
-    """Return the files below a local directory, relative to it, sorted."""
+    """Return the sorted paths of all files below a local directory, relative to it."""
     return sorted(
         os.path.relpath(os.path.join(folder, name), directory).replace(os.sep, "/")
         for folder, _, names in os.walk(directory)
@@ -205,10 +207,10 @@ def walk(directory: str) -> list[str]:
 
 
 class Mirror:
-    """Keeps the finished files of a local work directory in a remote store.
+    """Copies the finished files of a local work directory to a remote store.
 
-    Files go up in the order in which they were written, so what is there is what a kill at some
-    earlier moment would have left. A stage that was killed here goes on from it elsewhere.
+    Files are uploaded in the order in which they were written. So the remote copy is always a state
+    that a kill could have left here, and another machine can continue a killed stage from it.
     """
 
     def __init__(self, files: Files, local: str, remote: str, check: Callable[[], None]) -> None:
@@ -218,20 +220,20 @@ class Mirror:
         self._is_finished = False
 
     def restore(self) -> None:
-        """Download to the local directory what an earlier run left in the store."""
+        """Download what a killed run left in the store to the local directory."""
         for name in self._files.sizes(self._remote):
             target = os.path.join(self._local, name)
             self._files.download(f"{self._remote}/{name}", target)
             self._uploaded[name] = _state(target)
 
     def finish(self) -> None:
-        """Upload what is left, the manifest last; nothing is uploaded after that."""
+        """Upload the remaining files, the manifest last; later updates do nothing."""
         with self._lock:
             self._update(walk(self._local))
             self._is_finished = True
 
     def update(self) -> None:
-        """Upload what is new, remove what is gone; a manifest waits for `finish`."""
+        """Upload new files and remove deleted ones; only `finish` uploads a manifest."""
         with self._lock:
             if not self._is_finished:
                 self._update([name for name in walk(self._local) if name != MANIFEST])
@@ -239,7 +241,7 @@ class Mirror:
     def _update(self, names: Sequence[str]) -> None:
         states: dict[str, tuple[int, int]] = {}
         for name in names:
-            # Checkpoints are rotated away while we look.
+            # The trainer may delete old checkpoints during this loop.
             with suppress(FileNotFoundError):
                 if not is_temporary(name):
                     states[name] = _state(os.path.join(self._local, name))
@@ -257,14 +259,14 @@ class Mirror:
 
     @contextmanager
     def running(self, seconds: float) -> Iterator[None]:
-        """Update every so many seconds in a thread of its own, and once when the block ends."""
+        """Update every `seconds` in a separate thread, and once more when the block ends."""
         stop = threading.Event()
 
         def attempt() -> None:
             try:
                 self.update()
             except Exception as error:
-                # What is missing goes up next time, at the latest with the commit.
+                # The next update uploads what is missing, and the commit is the last chance.
                 logger.warning("%s: not mirrored (%s)", self._remote, error)
 
         def loop() -> None:
@@ -282,7 +284,7 @@ class Mirror:
 
 
 def _number(number: Any) -> int | float:
-    """Return a Python number for a numpy one, which a manifest would refuse."""
+    """Return a Python number: a manifest refuses numpy's."""
     return int(number) if isinstance(number, Integral) else float(number)
 
 

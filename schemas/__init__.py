@@ -1,4 +1,4 @@
-"""The table of artifacts: one Arrow schema a file, checked on write and on read."""
+"""One Arrow schema per dataset, checked on write and on read."""
 
 from collections.abc import Sequence
 
@@ -46,14 +46,15 @@ class SchemaMismatch(ValueError):
 
 
 def sort_keys(name: str) -> list[str]:
-    """Return the columns that identify a row of `name` and order its shards."""
+    """Return the columns whose values identify a row of `name` and order the rows of a shard."""
     return str(SCHEMAS[name].metadata[b"sort_by"].decode()).split(",")
 
 
 def check(table: pa.Table, name: str, where: str, columns: Sequence[str] | None = None) -> None:
-    """Raise `SchemaMismatch` unless `table` has exactly the columns, types and nulls of `name`.
+    """Raise `SchemaMismatch` unless `table` has the columns and types of schema `name`.
 
-    With `columns` it is to have those alone. `where` names the file or the step for the message.
+    It must have no other columns, and nulls only in nullable ones; the order is free. With
+    `columns` it must have exactly those. `where` names the file or the step in the message.
     """
     expected = [f for f in SCHEMAS[name] if columns is None or f.name in columns]
     found = {f.name: f.type for f in table.schema}

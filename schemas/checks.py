@@ -1,4 +1,4 @@
-"""A comparison that the ranker made in both orders, to see how far it can be believed."""
+"""A comparison that the ranker made in both orders, to see how far it can be trusted."""
 
 import pyarrow as pa
 

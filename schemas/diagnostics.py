@@ -1,4 +1,4 @@
-"""What statistical rejection sampling made of a prompt at some β."""
+"""The result of statistical rejection sampling for one prompt at one β."""
 
 import pyarrow as pa
 

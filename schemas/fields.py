@@ -1,4 +1,4 @@
-"""How a schema is written down: each field carries its meaning and unit in its metadata."""
+"""Builders of Arrow schemas whose fields carry their meaning and unit in their metadata."""
 
 from collections.abc import Sequence
 
@@ -13,11 +13,11 @@ def field(
     unit: str | None = None,
     nullable: bool = False,
 ) -> pa.Field:
-    """Return an Arrow field whose metadata says what it means and in which unit."""
+    """Return an Arrow field with its meaning and unit in its metadata."""
     metadata = {"meaning": meaning} | ({"unit": unit} if unit else {})
     return pa.field(name, type_, nullable=nullable, metadata=metadata)
 
 
 def schema(meaning: str, *, sort_by: Sequence[str], fields: Sequence[pa.Field]) -> pa.Schema:
-    """Return an Arrow schema whose rows are unique by, and sorted by, `sort_by`."""
+    """Return an Arrow schema whose rows are sorted by `sort_by`, which identifies each row."""
     return pa.schema(list(fields), metadata={"meaning": meaning, "sort_by": ",".join(sort_by)})
