@@ -1,11 +1,11 @@
-"""The Prefect flow `rso-full`: the stage table turned into tasks, each stage its own process."""
+"""The Prefect flow `rso-full`: one task per stage of the table, each stage in its own process."""
 
 import os
 
-# Offline machines would log errors for analytics that cannot be sent.
+# On an offline machine, Prefect would log an error for analytics that it cannot send.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
-# Of the server that Prefect starts for one run: 20 s, its default, pass on busy cores.
+# For the server that Prefect starts for one run. On busy cores it needs more than the default 20 s.
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 
 import logging
@@ -22,16 +22,16 @@ from stages import telling
 from stages.process import USER_MISTAKE, run_stage_process
 from stages.runner import Graph
 
-# The name of the state that says that the user's input, not a defect, stopped a stage.
+# Name of the state of a stage that stopped at a mistake of the user, not at a defect.
 REFUSED = "Refused"
-# Below Prefect's logger of task runs, so that a server keeps what stages tell.
+# This logger is below Prefect's logger of task runs, so a server keeps the lines about stages.
 TELLING = "telling"
 
 
 def tell_on_stderr(*, is_on_console: bool) -> None:
-    """Show what stages tell on standard error, whatever the level of Prefect's own lines.
+    """Show the lines about stages on standard error, at any level of Prefect's own lines.
 
-    They are plain lines, unless Prefect's console shows them in its own form (`is_on_console`).
+    With `is_on_console` Prefect's console shows them in its own form. Otherwise they are plain.
     """
     logger = logging.getLogger(f"prefect.task_runs.{TELLING}")
     logger.setLevel(logging.INFO)
@@ -43,7 +43,7 @@ def tell_on_stderr(*, is_on_console: bool) -> None:
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="{stage}")
 def run_stage_task(stage: str, config: str, overrides: list[str]) -> State[Any]:
-    """Run one stage in its own process; the store alone says whether there is anything to do."""
+    """Run one stage in its own process, unless the store has its artifact."""
     settings = resolve(load_config(config, overrides))
     graph = Graph(settings, Store(settings.store))
     run_logger: Any = get_run_logger()
@@ -66,9 +66,9 @@ def run_stage_task(stage: str, config: str, overrides: list[str]) -> State[Any]:
 
 @flow(name="rso-full", validate_parameters=True)
 def rso_full(config: str, overrides: list[str] | None = None) -> State[Any]:
-    """From raw text to an evaluated policy: every stage of the config, in order.
+    """From raw text to an evaluated policy: run every stage of the config, in order.
 
-    Stages above are finished when a stage starts. The first failure ends the flow.
+    A stage starts after all stages before it have finished. The first failure ends the flow.
     """
     changes = overrides or []
     settings = resolve(load_config(config, changes))

@@ -1,14 +1,15 @@
-"""The least time a machine could need for the work of a turn, from what it was seen to reach.
+"""The least time that a machine could need for the work of a turn, given the rates measured on it.
 
-Decoding, with all samples of a turn in one batch, is a sum over steps; so is the prompts' own part,
-which is one step. A step takes at least the longer of
+Decoding, with all samples of a turn in one batch, takes one step for the prompts and one step per
+further token of the responses. A step takes at least the longer of
 
-- operations / the rate of a matrix product: 2 a weight and row, and 4 a query, key and head size;
-- bytes / the rate of a copy: every weight, every prompt's keys and values once, every sample's own,
-  and the logits, written and read.
+- operations / the rate of a matrix product: 2 operations per weight and row, and 4 per query, key
+  and dimension of a head;
+- bytes / the rate of a copy: every weight, the keys and values of every prompt once and of every
+  sample, and the logits, written and read.
 
-Scoring is operations alone. What else a step computes (norms, softmax, draws) is left out.
-Decoder-only models.
+Scoring counts operations only. Other work of a step (norms, softmax, draws) is left out. The model
+must be decoder-only.
 """
 
 import statistics
@@ -19,7 +20,7 @@ from _sides import spread
 
 
 class Ceilings(NamedTuple):
-    """Operations a second in a matrix product, bytes a second read and written in a copy."""
+    """Operations per second in a matrix product; bytes per second read and written in a copy."""
 
     operations: float
     bandwidth: float
@@ -30,7 +31,7 @@ class Ceilings(NamedTuple):
 
 
 def measure(dtype: str, device: str = "cpu") -> Ceilings:
-    """Measure and print what the machine reaches."""
+    """Measure, print and return the rates of the machine, medians over repeats."""
     import torch
 
     size, num_bytes = (2048, 1 << 28) if device == "cpu" else (8192, 1 << 32)
@@ -41,7 +42,7 @@ def measure(dtype: str, device: str = "cpu") -> Ceilings:
     products = [2 * size**3 / _seconds(lambda: a @ b, device) for _ in range(5)]
     copies = [2 * num_bytes / _seconds(lambda: target.copy_(source), device) for _ in range(3)]
     if device == "cuda":
-        # for the sides
+        # The sides need this memory.
         del a, b, source, target
         torch.cuda.empty_cache()
     print(
@@ -54,21 +55,21 @@ def measure(dtype: str, device: str = "cpu") -> Ceilings:
 
 
 class Model(NamedTuple):
-    """What a decoder-only model computes and reads."""
+    """The amounts of work of a decoder-only model."""
 
     layer_weights: int
-    """In matrix products, of all layers."""
+    """Weights in matrix products, all layers together."""
     head_weights: int
     vocabulary: int
     operations_of_key: int
-    """Of a query and a key, all layers."""
+    """Operations per pair of query and key, all layers together."""
     bytes_of_token: int
-    """Keys and values, all layers."""
+    """Bytes of keys and values per token, all layers together."""
     itemsize: int
 
     @classmethod
     def of(cls, config: Any, itemsize: int = 2) -> "Model":
-        """Return the model of a transformers config."""
+        """Return the amounts of work for a transformers config."""
         width, heads = config.hidden_size, config.num_attention_heads
         layers = config.num_hidden_layers
         size = getattr(config, "head_dim", None) or width // heads
@@ -94,7 +95,7 @@ def decode_seconds(
     prompt_tokens: int,
     new_tokens: int,
 ) -> float:
-    """Return the least seconds for the samples of some prompts."""
+    """Return the least seconds to decode `num_samples` responses to each prompt."""
     rows, prompt_total = num_prompts * num_samples, num_prompts * prompt_tokens
     weights = (model.layer_weights + model.head_weights) * model.itemsize
     prompt_keys = prompt_total * prompt_tokens / 2
@@ -103,7 +104,7 @@ def decode_seconds(
         + prompt_keys * model.operations_of_key,
         weights + prompt_total * model.bytes_of_token,
     )
-    # the first token of a response comes from the prompt's logits, and the last is not read
+    # The prompt's logits give the first token of a response. The model does not read the last.
     for own in range(1, new_tokens):
         seconds += ceilings.seconds(
             2 * rows * (model.layer_weights + model.head_weights)
@@ -118,7 +119,7 @@ def decode_seconds(
 def score_seconds(
     model: Model, ceilings: Ceilings, *, prefix_tokens: int, branch_tokens: list[int]
 ) -> float:
-    """Return the least seconds for comparisons that share a prefix."""
+    """Return the least seconds for the comparisons of one prompt, which share a prefix."""
     tokens = prefix_tokens + sum(branch_tokens)
     keys = prefix_tokens**2 / 2 + sum(size * (prefix_tokens + size / 2) for size in branch_tokens)
     operations = 2 * tokens * model.layer_weights + keys * model.operations_of_key

@@ -1,9 +1,9 @@
-"""Sides of a benchmark that take turns: each a process of its own that holds its model throughout.
+"""The sides of a benchmark, which take turns: each side is a process that keeps its model loaded.
 
-So a change of the machine's speed meets all alike, and no side's memory or threads are another's.
-A side is this interpreter running the benchmark's own file with `--worker NAME`. It says `ready`
-once its model is loaded, and only then is the next side started; afterwards it answers every line
-on its standard input with one of JSON. What libraries print goes to standard error.
+So a change of the machine's speed affects all sides alike, and sides share no memory or threads. A
+side is this interpreter running the benchmark's file with `--worker NAME`. It writes `ready` when
+its model is loaded, and only then does the next side start. After that it answers every line on its
+standard input with one line of JSON. Output of libraries goes to standard error.
 """
 
 import json
@@ -21,7 +21,7 @@ from typing import Any
 Figures = dict[str, float]
 
 held: dict[str, Any] = {}
-"""What a side's pipeline finds loaded: Beam sends its functions as bytes, and this by its name."""
+"""Loaded objects for a side's pipeline. Beam pickles its functions but refers to this by name."""
 
 
 def take_turns(
@@ -31,10 +31,13 @@ def take_turns(
     what: str,
     replicas: Mapping[str, int] | None = None,
 ) -> dict[str, list[Figures]]:
-    """Start the sides and let them answer in turn, `rounds` times; the answers by side.
+    """Start the sides, let each answer in turn, `rounds` times, and return the answers by side.
 
-    A side is one process, or `replicas` of it that share the cores and work at the same time: a
-    turn of theirs ends with the last, and all that they did counts.
+    `replicas` gives the number of processes of a side, by default 1. They share the cores and work
+    at the same time. Their turn ends when the last of them ends, and their figures are summed.
+
+    Raises:
+        SystemExit: a process of a side ended.
     """
     sides = {
         side: _start(side, command, (replicas or {}).get(side, 1))
@@ -62,7 +65,7 @@ def _start(side: str, command: Sequence[str], count: int) -> "list[subprocess.Po
     print(f"\rstarting {side}    ", end="", file=sys.stderr, flush=True)
     environment = dict(os.environ)
     if count > 1:
-        # a share of the cores each, as `pipelines.worker` takes it
+        # Each process gets a share of the cores, as in `pipelines.worker`.
         num_threads = max(1, len(os.sched_getaffinity(0)) // count)
         environment["OMP_NUM_THREADS"] = str(num_threads)
     processes = []
@@ -101,7 +104,7 @@ def _answer(side: str, process: "subprocess.Popen[str]") -> str:
 
 
 class Turns:
-    """What a side's process uses: waits for its turn, and answers with what the turn took."""
+    """The turns of a side, for the side's process: wait for a turn, and answer with its figures."""
 
     def __init__(self, *, on_gpu: bool = False) -> None:
         self._answers, self._on_gpu = os.fdopen(os.dup(1), "w"), on_gpu
@@ -110,7 +113,7 @@ class Turns:
         self._started = self._cpu = 0.0
 
     def begin(self) -> bool:
-        """Wait; the clock starts with the turn. False when there are no more."""
+        """Wait for the next turn and start the clock; return False if there are no more turns."""
         if not self._is_ready:
             self._write("ready")
             self._is_ready = True
@@ -119,7 +122,7 @@ class Turns:
         return is_turn
 
     def end(self, **figures: float) -> None:
-        """Answer with `figures`, seconds, CPU seconds and the peak memory so far, bytes."""
+        """Answer with `figures`, the seconds and CPU seconds, and the peak memory so far, bytes."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self._on_gpu:
             import torch
@@ -130,7 +133,7 @@ class Turns:
         cpu = time.process_time() - self._cpu
         answer = {**figures, "seconds": seconds, "cpu_seconds": cpu, "peak": peak}
         if self._on_gpu:
-            # the other sides' turn, who share the card
+            # The other sides share the GPU and need the memory for their turns.
             torch.cuda.empty_cache()
         self._write(json.dumps(answer))
 
@@ -140,13 +143,13 @@ class Turns:
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
-    """Median (lowest to highest)."""
+    """Return the text "median (lowest to highest)"."""
     middle, low, high = statistics.median(values), min(values), max(values)
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def machine(packages: Sequence[str], device: str = "cpu") -> str:
-    """Hardware and versions, one line."""
+    """Return the hardware and the versions of Python and `packages`, in one line."""
     import torch
 
     if device == "cuda":

@@ -1,20 +1,20 @@
-"""Decoding many samples a prompt: our engines and the whole stage against what they stand on.
+"""Decoding many samples per prompt: our engines and the whole stage against the libraries below.
 
-Sides, each a process that holds its model and takes turns with the others:
+Each side is a process that keeps its model loaded. The sides take turns:
 
-- `generate`: transformers' own `generate`, one prompt at a time with all its samples, or several
-  (`--generate-prompts`);
-- `transformers`, `vllm`: our engines, several prompts a call, as a shard is;
-- `replicas`: the vllm engine once a core, on a CPU: processes of one thread each, as
-  `beam.num_workers` starts them, that decode `--prompts` each;
-- `llm`: a bare `vllm.LLM.generate` of the same requests, log-probs included, with its defaults;
-- `stage`: the stage `decode` with the vllm engine: Parquet in, Beam, the engine, Parquet out,
-  the engine being up.
+- `generate`: transformers' own `generate`, one prompt per call with all its samples, or
+  `--generate-prompts` per call;
+- `transformers`, `vllm`: our engines, several prompts per call, as in a shard;
+- `replicas`: the vllm engine in one process per core, CPU only. Each process has one thread, as
+  `beam.num_workers` starts them, and decodes `--prompts` prompts;
+- `llm`: plain `vllm.LLM.generate` with the same requests, log-probs and vLLM's defaults;
+- `stage`: the stage `decode` with the vllm engine: Parquet in, Beam, the engine, Parquet out. The
+  engine is already loaded.
 
-The same weights and token ids, bfloat16, temperature 0.7, top-k 40. What a turn gives is counted in
-tokens of responses, so padding and finished rows do not count. A first turn warms up. Token ids
-are random words: what is computed does not depend on them. `--model` may name a shape, whose
-weights are random then; T5 has the sides `generate` and `transformers` alone.
+All sides use the same weights and token ids, bfloat16, temperature 0.7 and top-k 40. A turn is
+counted in tokens of responses, so padding and finished rows do not count. A first turn warms up.
+Prompts are random words: the amount of computation does not depend on them. `--model` may name a
+shape, which gets random weights. T5 has only the sides `generate` and `transformers`.
 
 Run: python benchmarks/decode.py [--rounds 5] [--prompts 4] [--model SOURCE | SHAPE]
 """
@@ -105,14 +105,14 @@ def main() -> None:
 
 
 def load_config(directory: str) -> Any:
-    """The config of the model that was written."""
+    """Return the config of the model that was written."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(Path(directory, "model"))
 
 
 def print_shares(answers: dict[str, list[Figures]], most: float) -> None:
-    """What share of the roofline, `most` tokens a second, each side reached."""
+    """Print the share of the roofline, `most` tokens per second, that each side reached."""
     rates = {
         side: statistics.median(turn["tokens"] / turn["seconds"] for turn in turns[1:])
         for side, turns in answers.items()
@@ -122,7 +122,7 @@ def print_shares(answers: dict[str, list[Figures]], most: float) -> None:
 
 
 def print_table(answers: dict[str, list[Figures]]) -> None:
-    """Rates, CPU time and memory, each side against the others."""
+    """Print rates, CPU time and memory of each side, and compare the sides."""
     rates = {s: [turn["tokens"] / turn["seconds"] for turn in t] for s, t in answers.items()}
     medians = {side: statistics.median(found) for side, found in rates.items()}
     print("| side | tokens/s, median (min to max) | tokens a CPU s | peak GiB | of generate |")
@@ -140,7 +140,7 @@ def print_table(answers: dict[str, list[Figures]]) -> None:
 
 
 def write_model(arguments: argparse.Namespace, directory: Path) -> None:
-    """Write the model in bfloat16, so that no side stops early: its end of sequence is unlikely."""
+    """Write the model in bfloat16, with an unlikely end-of-sequence token: no side stops early."""
     import torch
 
     from rso.models import load_model, load_tokenizer, resolve, save_model
@@ -153,13 +153,13 @@ def write_model(arguments: argparse.Namespace, directory: Path) -> None:
         if is_shape
         else load_model(resolve(source).location, dtype="float32")
     )
-    # the last of the vocabulary, which no word of the prompts leads to
+    # The last token of the vocabulary: no word of the prompts leads to it.
     model.generation_config.eos_token_id = model.config.vocab_size - 1
     save_model(model, tokenizer, directory, dtype=getattr(torch, DTYPE))
 
 
 def make_model(arguments: argparse.Namespace, vocabulary: int) -> Any:
-    """A model of a shape, with random weights."""
+    """Return a model of the shape, with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -171,7 +171,7 @@ def make_model(arguments: argparse.Namespace, vocabulary: int) -> Any:
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Decode as one side, whenever a turn comes."""
+    """Be one side: decode at every turn."""
     from rso.allocator import keep_freed_memory
 
     keep_freed_memory(arguments.device)
@@ -182,7 +182,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def one_token_words(directory: Path) -> list[str]:
-    """Words that are one token each, where they follow a space."""
+    """Return the words that are one token each after a space."""
     from rso.models import load_tokenizer
 
     vocabulary = load_tokenizer(directory).get_vocab()
@@ -190,20 +190,20 @@ def one_token_words(directory: Path) -> list[str]:
 
 
 def prompts(arguments: argparse.Namespace) -> list[str]:
-    """Random words, another text every time."""
+    """Return 64 different prompts of random words, the same in every process."""
     words, draw = one_token_words(arguments.directory / "model"), random.Random(0)
     return [" ".join(draw.choices(words, k=PROMPT_TOKENS)) for _ in range(64)]
 
 
 def templates() -> Any:
-    """The prompt as it is."""
+    """Return templates that use the prompt unchanged."""
     from rso.config import Templates
 
     return Templates(prompt="{prompt}")
 
 
 class Requests:
-    """The prompts of one turn after another, tokenised as the stage does."""
+    """The prompts for one turn after another, tokenised as in the stage."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         from rso.decoding import Request
@@ -218,21 +218,21 @@ class Requests:
         self._next = 0
 
     def take(self, count: int) -> list[Any]:
-        """The next `count` requests, from the first again after the last."""
+        """Return the next `count` requests; the first follows the last."""
         chosen = [self._all[(self._next + i) % len(self._all)] for i in range(count)]
         self._next += count
         return chosen
 
 
 def sampling() -> Any:
-    """As in the stage."""
+    """Return the sampling settings, as the stage would."""
     from rso.decoding import Sampling
 
     return Sampling(0.7, 40, 1.0, max_new_tokens=NEW_TOKENS, num_samples=NUM_SAMPLES, logprobs=True)
 
 
 def prepare_generate(arguments: argparse.Namespace) -> Work:
-    """`generate`, as a script around transformers would call it."""
+    """Return the work of `generate`, called as a script around transformers would call it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -266,7 +266,7 @@ def prepare_generate(arguments: argparse.Namespace) -> Work:
 
 
 def prepare_engine(arguments: argparse.Namespace) -> Work:
-    """One of our engines."""
+    """Return the work of one of our engines."""
     engine = "vllm" if arguments.worker == "replicas" else arguments.worker
     decoder, requests = load(arguments, engine), Requests(arguments)
 
@@ -278,7 +278,7 @@ def prepare_engine(arguments: argparse.Namespace) -> Work:
 
 
 def load(arguments: argparse.Namespace, engine: str) -> Any:
-    """A decoder of the model."""
+    """Return a decoder of the model."""
     from rso.decoding import load_decoder
 
     room = 2 * PROMPT_TOKENS + NEW_TOKENS
@@ -287,7 +287,10 @@ def load(arguments: argparse.Namespace, engine: str) -> Any:
 
 
 def prepare_llm(arguments: argparse.Namespace) -> Work:
-    """vLLM with its defaults but for the room for keys, which other processes share."""
+    """Return the work of vLLM with its defaults, except for the memory of keys and values.
+
+    That memory is limited, because the other sides need theirs at the same time.
+    """
     from rso.decoding import vllm_engine
 
     vllm_engine.set_environment()
@@ -314,7 +317,7 @@ def prepare_llm(arguments: argparse.Namespace) -> Work:
 
 
 def prepare_stage(arguments: argparse.Namespace) -> Work:
-    """The stage's shard map over Parquet, its engine loaded beforehand."""
+    """Return the work of the stage's shard map over Parquet, with the engine already loaded."""
     import pyarrow as pa
 
     from pipelines.decode import DecodeShard, Decoding, Engine

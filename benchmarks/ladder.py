@@ -1,18 +1,19 @@
-"""Where the gain of a run is lost: the known gold in the place of the ranker, stage by stage.
+"""Where the gain of a run is lost: the known gold replaces the ranker, stage by stage.
 
 Each rung repeats the run of `--config` with the synthetic gold instead of the ranker in some
-stages, everything above them as it is:
+stages. The stages before them are those of the run:
 
 - `default`: the run itself;
 - `checkpoint`: the gold chooses the policy's checkpoint (`train_policy`);
-- `rewards`: the gold gives the rewards that are sampled by (`score`);
+- `rewards`: the gold gives the rewards for rejection sampling (`score`);
 - `labels`: the gold labels the pairs (`pair`);
-- `rewards+labels`, `all`: together;
-- `sft`: no preferences: SFT on as many tokens as the whole run trained on, against the same SFT.
+- `rewards+labels`: both of these;
+- `all`: all three;
+- `sft`: no preferences: SFT on as many tokens as the whole run trained on, against the run's SFT.
 
-The gap between two rungs says what mending a stage could give. Every rung is judged by the gold on
-the same prompts. A rung's artifacts are in `<store>-ladder/<rung>`, and a finished one is not made
-again. One JSON file per seed is written to benchmarks/results/.
+The gap between two rungs is the possible gain from improving a stage. The gold judges every rung on
+the same prompts. The artifacts of a rung are in `<store>-ladder/<rung>-seed<seed>-<digest of the
+gold>`. A finished rung is not run again. One JSON file per seed is written to benchmarks/results/.
 
 Run: python benchmarks/ladder.py [--config FILE] [--seed 0] [--set KEY=VALUE] [--rungs labels all]
 """
@@ -59,7 +60,7 @@ SHOWN = (
 
 
 def main() -> None:
-    """Run the rungs that are asked for and write their figures."""
+    """Run the chosen rungs and write their figures."""
     arguments = _arguments()
     config = resolve(load_config(arguments.config, [f"seed={arguments.seed}", *arguments.set]))
     _check(config)
@@ -90,7 +91,10 @@ def main() -> None:
 
 
 def _check(config: Config) -> None:
-    """The gold stands in for one ranker in this process; elsewhere the ranker would be asked."""
+    """Exit unless the gold can replace the ranker: it replaces only one ranker, in this process.
+
+    In other processes the ranker itself would be used.
+    """
     if config.compute.num_processes > 1 or config.beam.num_workers > 1:
         sys.exit("ladder: set compute.num_processes and beam.num_workers to 1")
     if config.score.objectives:
@@ -98,7 +102,10 @@ def _check(config: Config) -> None:
 
 
 def figures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what the ladder compares, for greedy and for sampled answers."""
+    """Return the figures that the ladder compares, for greedy and for sampled answers.
+
+    `gold_win_rate` is [value, low, high]. Other figures are [policy, reference].
+    """
     found: dict[str, Any] = {}
     for sampling in ("greedy", "sampled"):
         rate = find(metrics, "win_rate", opponent=REFERENCE, judge="gold", sampling=sampling)
@@ -113,7 +120,7 @@ def figures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _rung(graph: Graph, rung: str) -> list[dict[str, Any]]:
-    """Return the metrics of a rung; stages above the first with the gold are those of the run."""
+    """Return the metrics of a rung; stages before the first one with the gold are the run's."""
     golden = RUNGS[rung]
     config = graph.config
     if not golden:
@@ -127,7 +134,7 @@ def _rung(graph: Graph, rung: str) -> list[dict[str, Any]]:
 
 
 def _more_sft(graph: Graph) -> list[dict[str, Any]]:
-    """Return the metrics of SFT on all the tokens of the run, judged as the run's policy is."""
+    """Return the metrics of SFT on as many tokens as the run trained on, judged like its policy."""
     config = graph.config
     trained = [name for name in graph.table if name.startswith("train_")]
     tokens = {name: _artifact(graph, name).manifest.counters["tokens"] for name in trained}
@@ -151,7 +158,7 @@ def _more_sft(graph: Graph) -> list[dict[str, Any]]:
 
 
 def _store(config: Config, rung: str) -> Store:
-    """Where a rung is made; another gold has another place, as no fingerprint knows of it."""
+    """Return the store of a rung. Each gold has its own, because fingerprints do not include it."""
     gold = code_digest("rso.labelling").digest
     digest = hashlib.sha256((gold + Path(__file__).with_name("_gold.py").read_text()).encode())
     name = f"{rung.replace('+', '-')}-seed{config.seed}-{digest.hexdigest()[:8]}"
@@ -165,7 +172,7 @@ def _again(
     made: Mapping[str, Artifact],
     given: Mapping[str, str] | None = None,
 ) -> Artifact:
-    """Run a stage into `store`; inputs are those `made` there, `given`, or the run's own."""
+    """Run a stage into `store`; its inputs are `given`, else `made` there, else the run's own."""
     inputs = {}
     for key, feed in graph.stage(name).inputs.items():
         producer, output = feed.split("/")
@@ -176,7 +183,7 @@ def _again(
 
 @contextmanager
 def _gold_in(name: str | None, config: Config) -> Iterator[None]:
-    """Have the stage `name` load the gold wherever it would load a ranker."""
+    """Make the stage `name` load the gold wherever it would load a ranker; None changes nothing."""
     if name is None:
         yield
         return

@@ -1,17 +1,19 @@
-"""Which loss makes the best ranker per token trained: accuracy, slot bias, agreement with the gold.
+"""Which loss gives the best ranker per trained token: accuracy, slot bias, agreement with the gold.
 
-Every ranker starts from the SFT policy of `--config` and learns from the run's own comparisons,
-with the settings of `train_ranker` but for the loss. Each kind trains on about the same number of
-tokens, so `flip`, which reads one order of a pair, sees more pairs. A seed draws other comparisons
-in another order. Judged on all held-out comparisons and on the candidates of NUM_PROMPTS prompts
-of `decode`, in both orders: accuracy, accuracy in single orders, log loss (ln 2 is a coin),
-calibration error, slot bias and its spread, and within prompts the correlation of rewards with gold
-points, for rewards with the baseline first and in both orders.
+Every ranker starts from the SFT policy of `--config` and learns from the run's own comparisons. The
+settings are those of `train_ranker`, except for the loss. All kinds train on about the same number
+of tokens. So `flip`, which reads only one order of a pair, sees more pairs. Another seed draws
+other comparisons in another order.
 
-A finished training is kept in `<store>-rankers/` and not repeated; every result is a line of
+The rankers are judged in both orders. On all held-out comparisons: accuracy, accuracy in single
+orders, log loss (ln 2 is a coin), calibration error, slot bias and its spread. On the candidates of
+NUM_PROMPTS prompts of `decode`: the correlation of rewards with gold points within a prompt, for
+rewards with the baseline first and for rewards in both orders.
+
+A finished training is kept in `<store>-rankers/` and not repeated. Every result is one line of
 benchmarks/results/rankers.jsonl.
 
-The default run holds out too few comparisons to tell rankers apart: ask for more prompts of them.
+The default run holds out too few comparisons to tell rankers apart. Set more validation prompts.
 
 Run: python benchmarks/rankers.py --set comparisons.num_validation_prompts=140
      python benchmarks/rankers.py [--config FILE] [--seeds 0 1 2 3 4] [--kinds mean margin]
@@ -69,7 +71,7 @@ def main() -> None:
 
 
 class _Data:
-    """What all rankers learn from and are judged on."""
+    """The data that all rankers learn from and are judged on."""
 
     def __init__(self, graph: Graph) -> None:
         found = {name: graph.find(name) for name in ("prepare", "train_sft", "compare", "decode")}
@@ -127,7 +129,7 @@ def _one(config: Config, data: _Data, kind: str, seed: int) -> dict[str, float]:
 
 
 def _key(data: _Data, settings: TrainRanker) -> str:
-    """What a training depends on, so that another one is not taken for it."""
+    """Return a hash of everything that a training depends on, so that no two share a folder."""
     return fingerprint(
         {
             "settings": identity(settings),
@@ -138,7 +140,7 @@ def _key(data: _Data, settings: TrainRanker) -> str:
 
 
 def _budget(config: Config, data: _Data, settings: TrainRanker) -> int:
-    """The comparisons that cost what `max_comparisons` of them do in both orders."""
+    """Return the comparisons that cost as many tokens as `max_comparisons` do in both orders."""
     most = settings.max_comparisons or len(data.comparisons)
     if settings.orders != "flip":
         return most

@@ -1,7 +1,7 @@
-"""Tokens a second on this machine: training, prefill and decoding of the quickstart model.
+"""Tokens per second on this machine: training, prefill and decoding of the quickstart model.
 
-The token budgets of configs/quickstart.yaml rest on these rates. Useful tokens only, no padding:
-the docstrings of the quickstart, trained on by the stage's own trainer, decoded by its own engine.
+The token budgets of configs/quickstart.yaml are based on these rates. Padding does not count. The
+texts are the docstrings of the quickstart. The trainer and the engine are those of the stages.
 Run: .venv/bin/python benchmarks/rates.py [--config FILE]
 """
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def training_rates(config: Config, model: str, directory: Path) -> list[float]:
-    """Tokens a second of each optimiser step but the first, which also warms up."""
+    """Return the tokens per second of each optimiser step, without the first, which warms up."""
     result = train_sft(
         model,
         demonstrations(config, (STEPS + 1) * config.train_sft.batch_size),
@@ -62,7 +62,7 @@ def training_rates(config: Config, model: str, directory: Path) -> list[float]:
 
 
 def inference_rates(config: Config, directory: str) -> None:
-    """Report prefill with log-probabilities, and decoding of few and of many samples a prompt."""
+    """Report prefill with log-probabilities, and decoding of 1 and of 16 samples per prompt."""
     tokenizer = load_tokenizer(directory)
     model = load_model(directory, dtype=config.compute.dtype, attention=config.compute.attention)
     rows = [
@@ -90,7 +90,11 @@ def inference_rates(config: Config, directory: str) -> None:
 
 
 def demonstrations(config: Config, count: int) -> list[Demonstration]:
-    """Return the first `count` lines of the config's first source."""
+    """Return the first `count` lines of the config's first source, a JSONL file.
+
+    Raises:
+        SystemExit: the file is missing.
+    """
     source = config.prepare.sources[0]
     if not Path(source.path).exists():
         sys.exit(f"rates: {source.path} is missing; `make bench` writes it.")
@@ -103,7 +107,7 @@ def demonstrations(config: Config, count: int) -> list[Demonstration]:
 
 
 def repeated(work: Callable[[], int]) -> Iterable[float]:
-    """Return the rates of `work`, which returns its tokens; a first call warms up."""
+    """Yield the rates of `work`, which returns its number of tokens; a first call warms up."""
     work()
     for _ in range(REPEATS):
         started = time.perf_counter()
@@ -112,7 +116,7 @@ def repeated(work: Callable[[], int]) -> Iterable[float]:
 
 
 def report(name: str, rates: Iterable[float]) -> None:
-    """Print the median, lowest and highest rate."""
+    """Print the median, the lowest and the highest rate."""
     found = list(rates)
     spread = f"{min(found):.0f} to {max(found):.0f}, {len(found)} repeats"
     print(f"{name:32} {statistics.median(found):8.0f} tokens/s  ({spread})")

@@ -1,13 +1,13 @@
 """Rejection sampling: the core against the paper's listing, and the pipeline over Parquet.
 
 Core: 10,000 prompts x 64 candidates, k = 8, beta = 0.5, rewards of standard deviation sigma. The
-listing is timed as the paper prints it and with the standard library's functions in place of
-numpy's; ours draws by key. What the ids give (the order of the walk and its draws), once for all
-beta, is timed apart, and ours once more with a tenth of the candidates copies of one text. Repeats
-alternate; medians are printed.
+listing is timed twice: as the paper prints it, and with functions of the standard library instead
+of numpy's. Ours draws by key. Two more times are printed: that of hashing the ids, which is needed
+once for all beta, and that of ours when a tenth of the candidates are copies of one text. Repeats
+alternate. The times are medians.
 
-Pipeline: rewards and candidates of 10,000 and of 100,000 prompts x 64 in Parquet, `reject` as the
-stage runs it, each in a process of its own, whose peak memory is printed.
+Pipeline: `reject`, as the stage runs it, on Parquet files of 10,000 and of 100,000 prompts x 64
+candidates. Each size runs in a separate process, whose peak memory is printed.
 
 Run: .venv/bin/python benchmarks/sampling.py [--quick]
 """
@@ -43,7 +43,7 @@ PROMPTS_PER_SHARD = 2048
 
 
 def main() -> None:
-    """Print both tables, or measure one pipeline where called as a child."""
+    """Print both tables, or measure one pipeline if this is the child process."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the sizes")
     parser.add_argument("--measure", metavar="DIRECTORY", help=argparse.SUPPRESS)
@@ -64,7 +64,10 @@ def listing(
     uniform: Callable[[], float],
     exp: Callable[[float], float],
 ) -> list[str]:
-    """Appendix A.1 of the paper, a draw at a time; printed there with numpy's scalar functions."""
+    """Return the accepted texts as appendix A.1 of the paper computes them, draw by draw.
+
+    The paper uses numpy's scalar functions for `uniform` and `exp`.
+    """
     candidates = dict(zip(texts, rewards, strict=True))
     accepted: list[str] = []
     while len(accepted) < NUM_SAMPLES:
@@ -83,7 +86,7 @@ def listing(
 
 
 def core(num_prompts: int) -> None:
-    """Time the listing, ours, and the hashing of ids, for several spreads of the rewards."""
+    """Print times of the listing, of ours and of hashing ids, for several spreads of rewards."""
     size = num_prompts * NUM_CANDIDATES
     draw = np.random.default_rng(0)
     prompt_ids = [f"{i:016x}" for i in draw.integers(0, 2**63, num_prompts)]
@@ -137,7 +140,7 @@ def core(num_prompts: int) -> None:
 
 
 def alternate(work: list[Callable[[], Any]], repeats: int) -> list[float]:
-    """Median seconds of each, run in turns after one warm-up each."""
+    """Return the median seconds of each function; they run in turns, after one warm-up each."""
     seconds: list[list[float]] = [[] for _ in work]
     for repeat in range(repeats + 1):
         for function, found in zip(work, seconds, strict=True):
@@ -149,7 +152,7 @@ def alternate(work: list[Callable[[], Any]], repeats: int) -> list[float]:
 
 
 def pipeline(sizes: list[int]) -> None:
-    """Measure the pipeline in a process of its own for each size."""
+    """Print the measurements of the pipeline for each size, each made in a separate process."""
     print("\npipeline `reject`, FnApiRunner, one process")
     print(
         f"{'prompts':>9} {'rows':>10} {'seconds':>8} {'rows/s':>10} {'peak MiB':>9}"
@@ -175,7 +178,7 @@ def pipeline(sizes: list[int]) -> None:
 
 
 def write_inputs(directory: Path, num_prompts: int) -> None:
-    """Write rewards and candidates, sharded as `prepare` would."""
+    """Write rewards and candidates in shards of PROMPTS_PER_SHARD prompts."""
     total = -(-num_prompts // PROMPTS_PER_SHARD)
     draw = np.random.default_rng(0)
     for index in range(total):
@@ -213,7 +216,7 @@ def write_inputs(directory: Path, num_prompts: int) -> None:
 
 
 def measure(directory: Path) -> dict[str, float]:
-    """Run the pipeline as the stage does, then its parts one after the other."""
+    """Return seconds and peak MiB of the pipeline, then seconds of its parts, run one by one."""
     from pipelines.reject import COLUMNS, RejectShard
     from pipelines.shards import Dataset, Plan, map_shards
     from rso.parquet import num_shards

@@ -1,17 +1,18 @@
 """Scoring 64 candidates of a prompt: shared-prefix rows against padded batches with full logits.
 
-Sides, each a process that holds the ranker and takes turns with the other:
+Each side is a process that keeps the ranker loaded. The sides take turns:
 
-- `ours`: the ranker of the stage `score`: context and baseline once, equal candidates once, two
-  columns of the vocabulary projection;
-- `padded`: every comparison as a sequence of its own, right-padded in batches (`--batch`), the
+- `ours`: the ranker of the stage `score`. It computes context and baseline once, equal candidates
+  once, and two columns of the vocabulary projection;
+- `padded`: every comparison is a separate sequence, right-padded in batches (`--batch`), with the
   logits of the whole vocabulary at every position, as a script around transformers computes them.
 
-The same weights, token ids and candidates, bfloat16. A turn scores all candidates of some prompts
-(`padded`: of one); rates are comparisons a second. Both sides' rewards of the same prompt are
-compared. A first turn warms up. `--model` may name a shape, whose weights are random then. T5's
-encoder reads every comparison whole, so only equal candidates and equal lengths side by side save
-anything. `--copies` is the share of candidates that repeat another's text.
+Both sides use the same weights, token ids and candidates, and bfloat16. A turn scores all
+candidates of some prompts (`padded`: of one prompt). Rates are comparisons per second. Both sides'
+rewards of the first prompt are compared. A first turn warms up. `--model` may name a shape, which
+gets random weights. T5's encoder reads every comparison whole, so `ours` saves work only on equal
+candidates and by batching equal lengths. `--copies` is the share of candidates that repeat the text
+of another candidate.
 
 Run: python benchmarks/score.py [--rounds 5] [--prompts 4] [--copies 0] [--model SOURCE | SHAPE]
 """
@@ -84,7 +85,7 @@ def main() -> None:
 
 
 def print_table(answers: dict[str, list[Figures]]) -> None:
-    """Rates, CPU time and memory of both sides, and how far their rewards are apart."""
+    """Print rates, CPU time and memory of both sides, and the difference of their rewards."""
     print("| side | comparisons/s, median (min to max) | CPU s for 1,000 | peak GiB |")
     print("|---|---|---|---|")
     medians = {}
@@ -104,12 +105,12 @@ def print_table(answers: dict[str, list[Figures]]) -> None:
 
 
 def first(answers: dict[str, list[Figures]]) -> tuple[Figures, Figures]:
-    """The first turn of both sides, which scores the same prompt first."""
+    """Return the first turn of both sides; in it, both score the same prompt first."""
     return answers["ours"][0], answers["padded"][0]
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Score as one side, whenever a turn comes."""
+    """Be one side: score at every turn."""
     from rso.allocator import keep_freed_memory
 
     keep_freed_memory(arguments.device)
@@ -127,7 +128,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def candidates(arguments: argparse.Namespace) -> list[Any]:
-    """Prompts with their candidates: random words of one token each."""
+    """Return 16 prompts with their candidates: random words of one token each."""
     from rso.ranking import Candidates
 
     words, draw = one_token_words(arguments.directory / "model"), random.Random(0)
@@ -148,7 +149,7 @@ def candidates(arguments: argparse.Namespace) -> list[Any]:
 
 
 def ours(arguments: argparse.Namespace) -> Any:
-    """The stage's ranker, with the stage's defaults."""
+    """Return the scoring by the stage's ranker, with the stage's default attention."""
     from rso.config import Compute, Templates
     from rso.ranking import load_ranker
 
@@ -163,7 +164,7 @@ def ours(arguments: argparse.Namespace) -> Any:
     )
 
     def score(items: list[Any]) -> list[Any]:
-        # The one order that `padded` computes.
+        # `padded` computes only this order.
         found = ranker.rewards_many(items, orders="baseline-first")
         return [rewards.values for rewards in found]
 
@@ -171,7 +172,7 @@ def ours(arguments: argparse.Namespace) -> Any:
 
 
 def padded(arguments: argparse.Namespace) -> Any:
-    """One sequence a comparison, transformers' own forward pass and its logits."""
+    """Return the scoring by one sequence per comparison, with transformers' own forward pass."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 

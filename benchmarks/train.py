@@ -1,18 +1,19 @@
-"""Preference training against TRL's DPOTrainer: pairs a second, peak memory, the same losses.
+"""Preference training against TRL's DPOTrainer: pairs per second, peak memory, the same losses.
 
-Both sides run one loss (eq. 8, or eq. 10 with --loss hinge) on the same weights, token ids and
-pairs in the same order, with reference log-probabilities computed beforehand, the same optimiser,
-precision and threads.
-Each side is a process of its own that holds its model throughout; they take turns, one optimiser
-step each, so that a change of the machine's speed meets all alike. The first step of a side warms
-it up and counts for its losses alone. TRL runs with gradient checkpointing and without;
-`--sides ... trl-one-by-one` adds TRL with one pair a micro-batch, which computes the same with
-other padding: how far it comes from TRL is how far rounding alone leads.
+All sides use the same loss (eq. 8, or eq. 10 with --loss hinge), weights, token ids, optimiser,
+precision and threads, and the same pairs in the same order. Reference log-probabilities are
+computed before.
+
+Each side is a process that keeps its model loaded. The sides take turns of one optimiser step, so a
+change of the machine's speed affects all sides alike. The first step of a side warms it up: only
+its loss counts. TRL runs with and without gradient checkpointing. `--sides ... trl-one-by-one` adds
+TRL with one pair per micro-batch. It computes the same with other padding, so its difference from
+TRL shows the effect of rounding.
 
     pip install --no-deps -r requirements/bench.txt      # TRL, pinned; nothing else needs it
     python benchmarks/train.py [--shape tldr-8] [--steps 20] [--device cpu] [--model SOURCE]
 
-Prints a table a shape. Token ids are random: what is computed does not depend on them.
+Prints one table per shape. Token ids are random: the amount of computation does not depend on them.
 """
 
 import argparse
@@ -34,7 +35,7 @@ SIDES = ("ours", "trl", "trl-checkpointing", "trl-one-by-one")
 
 
 class Shape(NamedTuple):
-    """One optimiser step: prompts of equal length, random responses, pairs between them."""
+    """One optimiser step: prompts of equal length, responses of random length, pairs of them."""
 
     prompts: int
     prompt_tokens: int
@@ -44,7 +45,7 @@ class Shape(NamedTuple):
 
     @property
     def pairs_a_prompt(self) -> list[tuple[int, int]]:
-        """Positions of the chosen and the rejected response."""
+        """The pairs of each prompt: indices of the chosen and of the rejected response."""
         rounds = [
             [(i, i + step) for i in range(0, self.responses - step, 2 * step)] for step in (1, 2, 4)
         ]
@@ -64,7 +65,10 @@ SHAPES = {
 
 
 class Pair(NamedTuple):
-    """Token ids of one pair and its reference log-probabilities, nats."""
+    """One pair: numbers and token ids of its texts, and reference log-probabilities, nats.
+
+    `prompt` numbers the prompts. `chosen` and `rejected` number the responses of that prompt.
+    """
 
     prompt: int
     prompt_ids: list[int]
@@ -107,7 +111,7 @@ def main() -> None:
 
 
 def run_shape(name: str, arguments: argparse.Namespace) -> dict[str, list[Figures]]:
-    """Let the sides take turns; what each measured, step by step."""
+    """Let the sides take turns, and return the figures of each side, step by step."""
     make_pairs(name, arguments)
     given = ("directory", "steps", "device", "dtype", "optimizer", "loss", "token_budget")
     options = [
@@ -155,7 +159,7 @@ def make_pairs(name: str, arguments: argparse.Namespace) -> None:
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Train as one side, one step whenever a line comes in."""
+    """Be one side: train one step at every turn."""
     from rso.allocator import keep_freed_memory
 
     keep_freed_memory(arguments.device)
@@ -167,7 +171,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def callback(turns: Turns) -> Any:
-    """`turns` at the begin and the end of every step of a `Trainer`."""
+    """Return a callback that begins and ends a turn with every step of a `Trainer`."""
     from transformers import TrainerCallback
 
     class Take(TrainerCallback):
@@ -184,7 +188,10 @@ def callback(turns: Turns) -> Any:
 def train_ours(
     arguments: argparse.Namespace, pairs: Sequence[Pair], batch_size: int, turns: Turns
 ) -> None:
-    """Pairs of a prompt as one shared-prefix row, in one micro-batch a step."""
+    """Train by our trainer: the pairs of a prompt are one shared-prefix row.
+
+    A step has as many micro-batches as `--token-budget` makes.
+    """
     from rso.config import Compute, TrainPolicy
     from rso.prefix import Row
     from rso.training.loading import load
@@ -240,7 +247,10 @@ def train_ours(
 def train_trl(
     arguments: argparse.Namespace, pairs: Sequence[Pair], batch_size: int, turns: Turns
 ) -> None:
-    """DPOTrainer with its own tokenising bypassed: the same ids in one batch a step."""
+    """Train by DPOTrainer on the same token ids, without its tokenising, in one batch per step.
+
+    The side trl-one-by-one has one pair per micro-batch.
+    """
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -272,7 +282,7 @@ def train_trl(
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    # DPOTrainer tokenises text; one short pair satisfies it, and the real ids take its place.
+    # DPOTrainer tokenises text. Give it one short pair of text, then replace that by the real ids.
     short = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32),
@@ -299,7 +309,7 @@ def train_trl(
 def print_table(
     name: str, arguments: argparse.Namespace, results: dict[str, list[Figures]]
 ) -> None:
-    """Speed, memory and losses of each side beside ours."""
+    """Print speed, memory and losses of each side, compared with ours."""
     shape = SHAPES[name]
     num_pairs = shape.prompts * len(shape.pairs_a_prompt)
     low, high = shape.response_tokens
@@ -328,7 +338,10 @@ def print_table(
 
 
 def print_losses(side: str, steps: Sequence[Figures], theirs: Sequence[Figures]) -> None:
-    """How far the losses are from TRL's, relative: updates add up what rounding began."""
+    """Print the largest relative difference from TRL's losses, which rounding causes.
+
+    It grows with the steps, because updates accumulate the rounding.
+    """
     apart = [
         abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(steps, theirs, strict=True)
     ]

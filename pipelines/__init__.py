@@ -2,5 +2,5 @@
 
 import logging
 
-# Beam warns of a cloud library that nothing here uses, at every import.
+# At every import Beam warns about a cloud library that nothing here uses.
 logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())

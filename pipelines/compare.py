@@ -19,7 +19,7 @@ from rso.templates import judged_text
 
 @dataclass(frozen=True)
 class CompareShard:
-    """Prompts to `comparisons`; the known gold takes the place of the people."""
+    """Prompts to `comparisons`: pairs of decodes, labelled by the known gold instead of people."""
 
     decoding: Decoding
     prompt_ids: Sequence[str]
@@ -31,7 +31,7 @@ class CompareShard:
         return self.decoding.load()
 
     def __call__(self, engine: Engine, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return the comparisons of the shard's chosen prompts; ties are dropped and counted."""
+        """Return the comparisons for the shard's chosen prompts; ties are dropped and counted."""
         prompts = select_ids(tables["prompts"], self.prompt_ids)
         decoded = self.decoding.decode(engine, prompts)
         counts: Counter[str] = Counter()

@@ -32,10 +32,10 @@ class Engine(NamedTuple):
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to load a decoder and draw from it; picklable, so that workers can.
+    """How to load a decoder and draw from it; picklable, so that it can be sent to workers.
 
-    `journal` is a folder of this model alone, in which the vllm-server engine keeps finished
-    answers, so that a killed shard asks only for the rest.
+    `journal` is a folder for this model only. There the vllm-server engine keeps finished answers,
+    so that a killed shard asks only for the rest when it runs again.
     """
 
     label: str
@@ -49,7 +49,7 @@ class Decoding:
     journal: str | None = None
 
     def load(self) -> Engine:
-        """Return the decoder and its tokenizer, loaded."""
+        """Load and return the decoder and its tokenizer."""
         longest = self.max_prompt_tokens
         decoder = load_decoder(
             self.engine,
@@ -87,13 +87,13 @@ class Decoding:
 
 
 def longest_prompt(tokenizer: Any, templates: config.Templates, prompts: Sequence[str]) -> int:
-    """Return the tokens of the longest prompt with its template, 0 without prompts."""
+    """Return the number of tokens of the longest prompt in its template, 0 without prompts."""
     return max((len(encode_prompt(tokenizer, templates, prompt)) for prompt in prompts), default=0)
 
 
 @dataclass(frozen=True)
 class DecodeShard:
-    """Prompts to `candidates`: n samples a prompt, one of them its baseline (eq. 7)."""
+    """Prompts to `candidates`: n samples per prompt, one of which is its baseline (eq. 7)."""
 
     decoding: Decoding
     prompt_ids: Sequence[str]
@@ -139,7 +139,7 @@ def candidate_rows(
 
 
 def response_counters(decoded: Sequence[Sequence[Decoded]]) -> Counters:
-    """Count responses, tokens, and responses that are cut off, blank or copies in their prompt."""
+    """Count responses, tokens, and responses that are cut off, blank, or copies within a prompt."""
     flat = [response for responses in decoded for response in responses]
     return {
         "responses": len(flat),

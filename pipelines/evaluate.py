@@ -25,7 +25,7 @@ from rso.templates import encode_prompt, judged_text
 class GenerateShard:
     """Prompts to `generations` of one system; log-probabilities are left null.
 
-    `prompt_ids` names the prompts of each way of sampling.
+    `decodings` and `prompt_ids` give a decoding and the prompts for each way of sampling.
     """
 
     decodings: Mapping[str, Decoding]
@@ -33,11 +33,11 @@ class GenerateShard:
     prompt_ids: Mapping[str, Sequence[str]]
 
     def setup(self) -> Engine:
-        """Load the decoder; all ways of sampling share it."""
+        """Load the decoder, which all ways of sampling share."""
         return next(iter(self.decodings.values())).load()
 
     def __call__(self, engine: Engine, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return the generations of the shard's chosen prompts, by every way of sampling."""
+        """Return the generations for the shard's chosen prompts, by every way of sampling."""
         rows = []
         counters = {}
         for sampling, decoding in self.decodings.items():
@@ -71,7 +71,7 @@ class GenerateShard:
 
 
 class Policies(NamedTuple):
-    """Both models of the KL."""
+    """The two models between which the KL is measured."""
 
     policy: Policy
     reference: Policy
@@ -79,7 +79,10 @@ class Policies(NamedTuple):
 
 @dataclass(frozen=True)
 class MergeShard:
-    """Generations of all systems in one table, ancestral samples with both log-probabilities."""
+    """Generations of all systems to one table, in which ancestral samples have log-probabilities.
+
+    They are summed over response tokens, nats, under policy and reference.
+    """
 
     policy: PolicySource
     reference: PolicySource
@@ -89,7 +92,7 @@ class MergeShard:
         return Policies(self.policy.load(), self.reference.load())
 
     def __call__(self, policies: Policies, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return the shard's generations; log-probabilities cost a pass of each model."""
+        """Return the shard's generations; each model makes one pass over the ancestral samples."""
         prompts = dict(
             zip(
                 tables["prompts"]["prompt_id"].to_pylist(),
@@ -128,6 +131,7 @@ class JudgeShard:
     """Greedy and sampled generations to `judgements` by every judge.
 
     Rankers average both orders. No judge sees `templates.response_prefix` or outer white space.
+    Without a `labeller` there is no gold judge.
     """
 
     rankers: Mapping[str, AnyRanker]
@@ -139,13 +143,13 @@ class JudgeShard:
         return {name: source.load() for name, source in self.rankers.items()}
 
     def __call__(self, rankers: Mapping[str, Ranker], tables: Mapping[str, pa.Table]) -> Shard:
-        """Return the verdicts of the shard; a prompt without a human target has fewer matches."""
+        """Return the shard's verdicts; a prompt without a human target has only some matches."""
         generations = tables["generations"].to_pylist()
         judged = {row["prompt_id"] for row in generations}
         prompts = select_ids(tables["prompts"], sorted(judged)).to_pylist()
         played = matches(generations, prompts)
         comparisons = [Comparison(m.prompt, m.response, m.opponent_response) for m in played]
-        # Rankers take the texts as they are and leave the prefix out themselves.
+        # Rankers get the texts unchanged, because they remove the prefix themselves.
         read = matches(as_judged(self.templates, generations), prompts)
         rows = judge_by_length(read)
         for judge, ranker in rankers.items():
@@ -168,5 +172,5 @@ class JudgeShard:
 def as_judged(
     templates: config.Templates, generations: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return rows of `generations` with each response as judges read it (`judged_text`)."""
+    """Return rows of `generations` whose responses are as judges read them (`judged_text`)."""
     return [{**row, "response": judged_text(templates, row["response"])} for row in generations]

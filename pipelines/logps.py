@@ -25,14 +25,14 @@ class Policy(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicySource:
-    """How to load a policy for scoring; picklable, so that workers can."""
+    """How to load a policy for scoring; picklable, so that it can be sent to workers."""
 
     model: str
     compute: config.Compute
     templates: config.Templates
 
     def load(self) -> Policy:
-        """Return the model, in evaluation mode, and its tokenizer."""
+        """Load and return the model, in evaluation mode, and its tokenizer."""
         model = load_model(
             self.model,
             dtype=self.compute.dtype,
@@ -44,7 +44,7 @@ class PolicySource:
 
 @dataclass(frozen=True)
 class LogpsShard:
-    """`pairs` to `logps`: each response once, a prompt and its responses in one row."""
+    """`pairs` to `logps`: each response once, and each prompt in one row with its responses."""
 
     policy: PolicySource
 
@@ -53,7 +53,7 @@ class LogpsShard:
         return self.policy.load()
 
     def __call__(self, policy: Policy, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return the summed log-probabilities of the shard's responses."""
+        """Return the log-probabilities of the shard's responses, summed over their tokens, nats."""
         prompts, responses = responses_of(tables["pairs"])
         rows = [
             Row(
@@ -93,7 +93,7 @@ class LogpsShard:
 
 
 def responses_of(pairs: pa.Table) -> tuple[dict[str, str], dict[str, dict[str, list[int]]]]:
-    """Return {prompt_id: prompt} and {prompt_id: {response_id: token ids}} of a pairs table."""
+    """Return {prompt_id: prompt} and {prompt_id: {response_id: token ids}} for a pairs table."""
     prompts: dict[str, str] = {}
     responses: dict[str, dict[str, list[int]]] = {}
     for row in pairs.to_pylist():

@@ -28,23 +28,23 @@ COLUMNS = {
 
 
 class Samples(NamedTuple):
-    """The responses to one prompt that meet: rows of `candidates` with their rewards."""
+    """The responses to one prompt that are paired: rows of `candidates` with their rewards."""
 
     prompt: Row
     rows: list[Row]
 
     @property
     def prompt_id(self) -> str:
-        """The id of their prompt."""
+        """The prompt_id of the responses."""
         return str(self.prompt["prompt_id"])
 
     def column(self, name: str) -> list[Any]:
-        """Return one field of all responses."""
+        """Return one field of every response."""
         return [row[name] for row in self.rows]
 
 
 class Match(NamedTuple):
-    """A game with the ranker's logit that the first response is better, both orders averaged."""
+    """A game and its logit, averaged over both orders; positive if the first response is better."""
 
     samples: Samples
     game: Game
@@ -52,14 +52,14 @@ class Match(NamedTuple):
 
     @property
     def sides(self) -> tuple[Row, Row]:
-        """The chosen response and the rejected one; at logit 0 the first is chosen."""
+        """The chosen and the rejected response; at logit 0 the first response is chosen."""
         first, second = (self.samples.rows[index] for index in self.game[:2])
         return (first, second) if self.logit >= 0 else (second, first)
 
 
 @dataclass(frozen=True)
 class PairShard:
-    """Candidates to `pairs`, labelled by the ranker on the two responses themselves."""
+    """Candidates to `pairs`; the ranker compares the two responses directly to label a pair."""
 
     ranker: AnyRanker
     settings: config.Pair
@@ -70,10 +70,14 @@ class PairShard:
         return self.ranker.load()
 
     def __call__(self, ranker: Ranker, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return the pairs of the shard. Matches are pairs, `identical` or `near_ties`.
+        """Return the shard's pairs; every match counts as a pair, as `identical` or as a near-tie.
 
-        A logit of exactly 0 is a near-tie whatever `min_margin`: it is that of two texts that the
-        ranker reads as one.
+        A logit of exactly 0 is a near-tie for every `min_margin`: the ranker gives it to two texts
+        that it reads as the same text.
+
+        Raises:
+            NonFiniteReward: a reward is NaN or infinite.
+            ValueError: `accepted` and `candidates` hold different responses.
         """
         samples = self._samples(tables)
         if self.settings.ranking in ("first-round", "tournament"):
@@ -130,7 +134,7 @@ class PairShard:
         return best_vs_random(*columns, prompt_id=samples.prompt_id, seed=self.seed)
 
     def _draw(self, ranker: Ranker, samples: Sequence[Samples]) -> tuple[list[Match], int]:
-        """Play the first round, or the whole tournament; return the matches and the byes."""
+        """Play the first round or the whole tournament; return the matches and number of byes."""
         brackets = [
             Tournament(one.column("response_id"), prompt_id=one.prompt_id, seed=self.seed)
             for one in samples
@@ -161,7 +165,7 @@ class PairShard:
 
 @dataclass(frozen=True)
 class DirectPairShard:
-    """`comparisons` to `pairs`: the preferences as they are (DPO, SLiC-HF-direct)."""
+    """`comparisons` to `pairs`: the preferences themselves become pairs (DPO, SLiC-HF-direct)."""
 
     model: str
     settings: config.Pair
@@ -172,9 +176,10 @@ class DirectPairShard:
         return load_tokenizer(self.model)
 
     def __call__(self, tokenizer: Any, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return the pairs of the shard's training comparisons; `cut` counts responses.
+        """Return the pairs of the shard's training comparisons.
 
-        Comparisons are pairs, `identical` or `not_for_training`.
+        Every comparison counts as a pair, as `identical` or as `not_for_training`. `cut` counts the
+        responses that were cut to `max_response_tokens`.
         """
         comparisons = tables["comparisons"].filter(pc.field("split") == "train").to_pylist()
         sides = [
@@ -198,7 +203,7 @@ class DirectPairShard:
         )
 
     def _response(self, tokenizer: Any, comparison: Row, side: str) -> Row:
-        # Comparisons of our own decodes hold the prefix, which is put before every response here.
+        # Comparisons of our own decodes contain the prefix, and `encode_response` adds it again.
         text = comparison[side].removeprefix(self.templates.response_prefix)
         token_ids = encode_response(tokenizer, self.templates, text, eos=True)
         limit = self.settings.max_response_tokens
@@ -216,12 +221,12 @@ class DirectPairShard:
 
 
 def is_identical(first: Row, second: Row) -> bool:
-    """Return whether two responses are the same text or the same tokens, so that none is better."""
+    """Return whether two responses have equal texts or equal tokens, so that neither is better."""
     return any(first[name] == second[name] for name in ("response", "token_ids"))
 
 
 def pair_row(match: Match, origin: str) -> Row:
-    """Return the `pairs` row of a match; the response with the positive logit is chosen."""
+    """Return the `pairs` row of a match; the response that the logit favours is chosen."""
     chosen, rejected = match.sides
     return _row(
         match.samples.prompt,

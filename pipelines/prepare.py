@@ -1,6 +1,6 @@
 """Raw files to prompts, demonstrations, comparisons and quarantine, sharded by prompt.
 
-The one pipeline with a GroupByKey: it makes the shards that every later stage keeps.
+Only this pipeline has a GroupByKey: it makes the shards that every later stage keeps.
 """
 
 import math
@@ -37,12 +37,13 @@ def prepare_shards(
     counters: str,
     beam_settings: config.Beam,
 ) -> Counters:
-    """Write the shards of the four artifacts to the folders in `outputs`; return what was counted.
+    """Write the shards of the four datasets to the folders in `outputs`; return the counters.
 
-    The number of shards follows from the number of rows read and `prompts_per_shard`.
+    The number of shards is the number of rows in all sources over `prompts_per_shard`, rounded up.
 
     Raises:
-        UserError: a file is missing, empty, or not what the settings say (see `rso.sources`).
+        UserError: the settings contradict each other, or a file is missing, empty or not as the
+            settings describe it (see `rso.sources`).
     """
     check_settings(settings)
     num_rows = [sum(1 for _ in read_source(source)) for source in settings.sources]
@@ -61,7 +62,7 @@ def prepare_shards(
             | "sources" >> beam.Create(list(range(len(settings.sources))))
             | "parse" >> beam.ParDo(_Parse(settings, load_counter, num_rows, num_shards))
         )
-        # A shard without rows is written too: every artifact has the same shards.
+        # A shard without rows is written too, because all datasets have the same shards.
         empty = root | "shards" >> beam.Create([(index, None) for index in range(num_shards)])
         return (
             (items, empty)
@@ -74,9 +75,9 @@ def prepare_shards(
 
 
 class _Parse(beam.DoFn):
-    """Rows of one source, each judged by itself, keyed by the shard they belong to.
+    """The rows of one source, each checked by itself and keyed by its shard.
 
-    `num_rows` has the number of rows of each source, for its bar.
+    `num_rows` has the number of rows of each source, for its progress bar.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class _Parse(beam.DoFn):
 
 
 class _Write(beam.DoFn):
-    """All rows of a shard, settled prompt by prompt and written."""
+    """Merges all rows of a shard, prompt by prompt, and writes the shard."""
 
     def __init__(self, plan: Plan, seed: int, shares: config.SplitShares) -> None:
         self._plan, self._seed, self._shares = plan, seed, shares
@@ -125,5 +126,5 @@ class _Write(beam.DoFn):
 
 
 def _key(item: Item) -> str:
-    # A row that was refused by itself has no prompt; its place in the sources spreads such rows.
+    # A row that was refused by itself has no prompt. Its position spreads such rows over shards.
     return item.prompt_id if isinstance(item, Example) else f"{item.order[0]}:{item.order[1]}"

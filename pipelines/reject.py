@@ -1,4 +1,4 @@
-"""Rewards to accepted candidates: statistical rejection sampling, a shard at a time."""
+"""Rewards to accepted candidates: statistical rejection sampling, shard by shard."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ COLUMNS = {"candidates": (*IDS, "response"), "rewards": (*IDS, "reward")}
 
 @dataclass(frozen=True)
 class RejectShard:
-    """Rewards to `accepted` by algorithm 1; the declined stay in the table.
+    """Rewards to `accepted` by algorithm 1; declined candidates stay in the table.
 
-    Every β of `settings` is in nats; `in_nats` makes it so.
+    Every β of `settings` must be in nats, as `in_nats` returns them.
     """
 
     settings: config.Reject
@@ -36,7 +36,12 @@ class RejectShard:
         """Nothing to load."""
 
     def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return every candidate with its verdict; rows belong together by their ids."""
+        """Return every candidate with its verdict, and the diagnostics of each prompt and β.
+
+        Raises:
+            NonFiniteReward: a reward is NaN or infinite.
+            ValueError: rewards and candidates hold different responses.
+        """
         rewards, texts = tables["rewards"], tables["candidates"]
         require_same_ids("reject", rewards=rewards, candidates=texts)
         prompt_ids, sizes = prompt_runs(rewards)
@@ -66,15 +71,16 @@ class RejectShard:
 
 
 def all_betas(settings: config.Reject) -> list[float]:
-    """Return every β to try, ascending: 0, which gains most, `beta` and `betas`."""
+    """Return every β to try, ascending: `beta`, `betas`, and 0, which has the largest gain."""
     return sorted({0.0, settings.beta, *settings.betas})
 
 
 def in_nats(settings: config.Reject, spread_median: float) -> config.Reject:
-    """Return the settings with every β in nats, given the `spread` that is their unit, nats.
+    """Return the settings with every β in nats; `spread_median` is the unit `spread` in nats.
 
     Raises:
-        UserError: the unit is wanted and 0: at least half of the prompts have equal rewards.
+        UserError: `beta_unit` is spread and the spread is 0, because at least half of the prompts
+            have equal rewards.
     """
     if settings.beta_unit == "nats":
         return settings
@@ -94,7 +100,7 @@ def in_nats(settings: config.Reject, spread_median: float) -> config.Reject:
 
 
 def numbered(totals: Sequence[Mapping[str, float]]) -> Counters:
-    """Return the `sums` of several β as the counters of a shard, numbered as `all_betas` are."""
+    """Return the `sums` of every β as the counters of a shard; a name begins with the β's index."""
     return {
         f"{number}/{name}": count
         for number, total in enumerate(totals)
@@ -103,7 +109,7 @@ def numbered(totals: Sequence[Mapping[str, float]]) -> Counters:
 
 
 def by_beta(betas: Sequence[float], counters: Mapping[str, float]) -> dict[float, Counters]:
-    """Return the `sums` of each of `all_betas` from what `numbered` made of them."""
+    """Return the `sums` of each β from counters of `numbered`; `betas` are those of `all_betas`."""
     totals: dict[float, Counters] = {beta: {} for beta in betas}
     for key, count in counters.items():
         number, _, name = key.partition("/")
@@ -116,7 +122,7 @@ def _diagnostics(
     candidates: Candidates,
     tried: Mapping[float, tuple[Selections, Diagnostics]],
 ) -> pa.Table:
-    """Return a row for each prompt and β, those of a prompt together."""
+    """Return one row per prompt and β; the rows of a prompt stand together."""
     starts = np.cumsum(candidates.sizes) - candidates.sizes
     columns: dict[str, list[np.ndarray]] = defaultdict(list)
     for beta, (selections, figures) in sorted(tried.items()):

@@ -1,4 +1,4 @@
-"""Columns of scored responses as arrays for the sampler and its kin."""
+"""Columns of scored responses as arrays, for rejection sampling, pairing and targets."""
 
 import numpy as np
 import pyarrow as pa
@@ -7,7 +7,11 @@ from rso.rejection import Floats, Indices, NonFiniteReward
 
 
 def finite_rewards(table: pa.Table, stage: str) -> Floats:
-    """Return the column `reward` as float64 [n]; raises NonFiniteReward that names a candidate."""
+    """Return the column `reward` as float64 [n].
+
+    Raises:
+        NonFiniteReward: a reward is NaN or infinite; the message names the first such candidate.
+    """
     values: Floats = table["reward"].to_numpy().astype(np.float64)
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
@@ -21,6 +25,6 @@ def finite_rewards(table: pa.Table, stage: str) -> Floats:
 
 
 def text_numbers(texts: pa.ChunkedArray) -> Indices:
-    """Return a number from 0 for each text, [n], equal for equal texts."""
+    """Return one number per text, from 0, [n]; equal texts have equal numbers."""
     numbers: Indices = texts.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.intp)
     return numbers

@@ -1,4 +1,4 @@
-"""Candidates to rewards: each against its prompt's baseline (eq. 7), by one ranker or several."""
+"""Candidates to rewards: one or several rankers compare each with its prompt's baseline (eq. 7)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from schemas import SCHEMAS
 
 @dataclass(frozen=True)
 class RankerSource:
-    """How to load a ranker; picklable, so that workers can."""
+    """How to load a ranker; picklable, so that it can be sent to workers."""
 
     model: str
     compute: config.Compute
     templates: config.Templates
 
     def load(self) -> Ranker:
-        """Return the ranker, loaded."""
+        """Load and return the ranker."""
         return load_ranker(
             self.model,
             self.templates,
@@ -41,13 +41,13 @@ class RankerSource:
 
 @dataclass(frozen=True)
 class WeightedSource:
-    """How to load several rankers as one, each with its factor; picklable."""
+    """How to load several rankers as one weighted ranker, with a factor for each; picklable."""
 
     rankers: Sequence[RankerSource]
     factors: Sequence[float]
 
     def load(self) -> Ranker:
-        """Return the weighted sum of the rankers, all of them loaded."""
+        """Load all rankers and return their weighted sum."""
         return WeightedRanker([source.load() for source in self.rankers], self.factors)
 
 
@@ -59,7 +59,7 @@ Row = dict[str, Any]
 
 
 class Scored(NamedTuple):
-    """The candidates of one prompt; the baseline is one of them."""
+    """The candidates of one prompt; `baseline` is the index of the one that is the baseline."""
 
     prompt_id: str
     response_ids: list[str]
@@ -74,11 +74,11 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoreShard:
-    """Candidates to `rewards`, each against its prompt's baseline in one order or in both.
+    """Candidates to `rewards`, each against its prompt's baseline, in one order or in both.
 
-    Beside them `checks`: both orders of the held-out comparisons, and of one pair of baseline and
-    candidate, drawn by key, for each prompt in `flipped`. `tokens_prefilled` counts what the
-    rewards cost, without the checks.
+    The second output, `checks`, has both orders of every held-out comparison. It also has both
+    orders of one pair per prompt in `flipped`: the baseline and a keyed random candidate.
+    `tokens_prefilled` counts the tokens of the rewards, without the checks.
     """
 
     ranker: RankerSource
@@ -92,7 +92,7 @@ class ScoreShard:
         return self.ranker.load()
 
     def __call__(self, ranker: Ranker, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return rewards and checks of the shard; every prompt has exactly one baseline."""
+        """Return rewards and checks of the shard; every prompt must have exactly one baseline."""
         candidates = tables["candidates"]
         scored = _scored(tables)
         num_orders = 2 if self.orders == "both" else 1
@@ -132,9 +132,11 @@ class ScoreShard:
     def _flips(
         self, ranker: Ranker, scored: Sequence[Scored], rewards: Sequence[Rewards]
     ) -> list[Row]:
-        """Rewards know the order with the baseline first; the other is asked where they do not.
+        """Return the check rows of one pair per prompt in `flipped`, with both orders.
 
-        A prompt whose candidates all have the text of the baseline has no pair.
+        The rewards hold the logits with the baseline first. The ranker computes the other order
+        here unless the rewards hold it too. A prompt has no pair if all its candidates have the
+        text of the baseline.
         """
         pairs = [
             (one, found, other)
@@ -165,7 +167,7 @@ class ScoreShard:
         ]
 
     def _draw(self, one: Scored) -> list[int]:
-        """Return which candidate is flipped, or none; drawn among those with another text."""
+        """Return the index of a keyed random candidate whose text is not the baseline's, or []."""
         baseline = self._judged(one.texts.baseline)
         others = [i for i, text in enumerate(one.texts.responses) if self._judged(text) != baseline]
         order = seeds.order(
@@ -212,16 +214,16 @@ def _held_out(ranker: Ranker, comparisons: pa.Table) -> list[Row]:
 
 
 def scored_by(name: str) -> str:
-    """Return the folder in which the tables of scoring by the objective `name` are kept."""
+    """Return the scratch folder for the tables that are scored by the objective `name`."""
     return f"score_{name}"
 
 
 @dataclass(frozen=True)
 class CombineShard:
-    """`rewards` and `checks` by each objective to those of the run: sums with `factors`, by name.
+    """`rewards` and `checks` of each objective to those of the run: sums weighted by `factors`.
 
-    Both are linear in the rankers' logits, so no ranker is asked again. `reward_spread_sum` is that
-    of the sums.
+    `factors` maps the name of each objective to its factor. Both tables are linear in the rankers'
+    logits, so no ranker computes anything again. `reward_spread_sum` is over the combined rewards.
     """
 
     factors: Mapping[str, float]
@@ -230,7 +232,11 @@ class CombineShard:
         """Nothing to load."""
 
     def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return the combined tables, rewards with those by each objective beside them."""
+        """Return the combined tables; each row of rewards also has the reward by each objective.
+
+        Raises:
+            ValueError: the rewards of an objective and the candidates hold different responses.
+        """
         rewards, checks = (
             [tables[f"{scored_by(name)}/{output}"] for name in self.factors]
             for output in ("rewards", "checks")

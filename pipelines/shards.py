@@ -1,8 +1,9 @@
 """Map shard files to shard files: the shape of every data-parallel stage.
 
-A shard is the element: shards of all artifacts line up by the keyed hash of prompt_id, so no
-GroupByKey is needed and no result can depend on bundling. A finished shard is kept: its counters
-file is written after its Parquet files, and a shard that has one is not done again.
+The element of the pipeline is a shard. In all input datasets a keyed hash of prompt_id chooses the
+shard of a row. So no GroupByKey is needed, and no result can depend on bundling. The counters file
+of a shard is written after its Parquet files. A shard with a counters file is done and is not run
+again.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ Counters = dict[str, float]
 
 
 class Dataset(NamedTuple):
-    """Where the shards of a dataset lie, which schema they have, and which columns are wanted."""
+    """The folder of a dataset's shards, their schema, and the columns to read (None: all)."""
 
     directory: str
     schema: str
@@ -35,25 +36,25 @@ class Dataset(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What one shard gives: a table an output, and what was counted."""
+    """The result of one shard: one table per output, and the counters."""
 
     tables: Mapping[str, pa.Table]
     counters: Counters
 
 
 class ShardFunction(Protocol):
-    """Work on one shard. `setup` loads what is heavy, once a worker process."""
+    """Work on one shard. `setup` loads models and the like, once per worker process."""
 
     def setup(self) -> Any:
         """Return the loaded engine, or None."""
 
     def __call__(self, engine: Any, tables: Mapping[str, pa.Table], /) -> Shard:
-        """Return the outputs for the tables of one shard, a table an input."""
+        """Return the outputs for one shard; `tables` has one table per input."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Inputs and outputs of a shard map. `counters` is the directory of the counters files."""
+    """Inputs and outputs of a shard map; `counters` is the folder of the counters files."""
 
     label: str
     inputs: Mapping[str, Dataset]
@@ -63,7 +64,7 @@ class Plan:
 
 
 class MapShards(beam.PTransform):
-    """Apply a `ShardFunction` to each shard index; emits the index of each shard once done."""
+    """Apply a `ShardFunction` to each shard index; emits the index of every shard that is done."""
 
     def __init__(self, function: ShardFunction, plan: Plan) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class _MapShard(beam.DoFn):
         try:
             shard = self._map(index)
         except UserError as error:
-            # Not raised, as Beam would log stack traces; `run_and_sum` raises it.
+            # Not raised here, because Beam would log stack traces. `run_and_sum` raises it.
             _write_json(_failure_file(self._plan, index), str(error))
             return
         finish_shard(self._plan, index, shard)
@@ -103,7 +104,7 @@ class _MapShard(beam.DoFn):
 
     def _map(self, index: int) -> Shard:
         if self._engine is None:
-            # At the first shard that needs it: a run whose shards are all done loads nothing.
+            # Load at the first shard that needs it: if all shards are done, nothing is loaded.
             self._engine = self._shared.acquire(lambda: _Engine(self._function.setup()))
         tables = {
             name: read_shard(
@@ -118,7 +119,7 @@ class _MapShard(beam.DoFn):
 
 
 def _id_of(prompt: str, tables: Mapping[str, pa.Table]) -> str:
-    """The id of a prompt that is known by its text."""
+    """Return the prompt_id of a prompt, given its text."""
     for table in tables.values():
         if {"prompt_id", "prompt"} <= set(table.column_names):
             place = pc.index(table["prompt"], prompt).as_py()
@@ -137,14 +138,14 @@ class _Engine:
 def map_shards(function: ShardFunction, plan: Plan, settings: Beam) -> Counters:
     """Run `MapShards` over all shards of `plan` and return the sums of the shards' counters.
 
-    Sums are taken in the order of the shards, so they do not depend on bundling.
+    Counters are summed in the order of the shards, so the sums do not depend on bundling.
 
     Raises:
-        UserError: as raised by the function for the first shard at fault.
+        UserError: as `run_and_sum`.
     """
 
     def build(root: Any) -> Any:
-        # Workers share out beforehand what they are given: only what is left to do.
+        # Beam divides the elements among the workers at the start, so give it only unfinished ones.
         left = [index for index in range(plan.num_shards) if not _is_done(plan, index)]
         return root | beam.Create(left) | MapShards(function, plan)
 
@@ -152,9 +153,13 @@ def map_shards(function: ShardFunction, plan: Plan, settings: Beam) -> Counters:
 
 
 def run_and_sum(build: Callable[[Any], Any], plan: Plan, settings: Beam) -> Counters:
-    """Run the pipeline that `build` makes of a root and return the sums of its shards' counters.
+    """Run the pipeline that `build` adds to a root, and return the sums of its shards' counters.
 
-    Nothing is started when every shard is done. A shard's `UserError` comes out as itself.
+    If every shard is done, nothing is started.
+
+    Raises:
+        UserError: a shard raised `UserError` (the message is that of the first such shard), or a
+            worker process died.
     """
     os.makedirs(plan.counters, exist_ok=True)
     indices = range(plan.num_shards)
@@ -174,7 +179,7 @@ def run_and_sum(build: Callable[[Any], Any], plan: Plan, settings: Beam) -> Coun
 
 
 def finish_shard(plan: Plan, index: int, shard: Shard) -> None:
-    """Write the tables of a shard and then its counters, which say that the shard is done."""
+    """Write the tables of a shard and then its counters file, which marks the shard as done."""
     for name, dataset in plan.outputs.items():
         write_shard(dataset.directory, dataset.schema, index, plan.num_shards, shard.tables[name])
     _write_json(_counters_file(plan, index), shard.counters)
@@ -184,7 +189,7 @@ def finish_shard(plan: Plan, index: int, shard: Shard) -> None:
 
 
 def sum_counters(shards: Sequence[Counters]) -> Counters:
-    """Return the sums of the counters of all shards; names starting with `max_` are maxima."""
+    """Return the sums of the counters over shards; for names that start with `max_`, the maxima."""
     total: Counters = {}
     for counters in shards:
         for name, count in counters.items():
@@ -208,7 +213,7 @@ def _failure_file(plan: Plan, index: int) -> str:
 
 
 def _failures(plan: Plan) -> list[str]:
-    """Return what was wrong with the shards at fault, in their order."""
+    """Return the messages of the shards that raised `UserError`, in the order of the shards."""
     files = [_failure_file(plan, index) for index in range(plan.num_shards)]
     return [_read_json(file) for file in files if os.path.exists(file)]
 

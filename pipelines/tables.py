@@ -1,4 +1,4 @@
-"""Small moves between Arrow tables and the rows of one shard."""
+"""Conversions between Arrow tables and the rows of one shard."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ IDS = ["prompt_id", "response_id"]
 
 
 def table_of(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Return the rows as a table of the schema `name`."""
+    """Return the rows as a table with the schema `name`."""
     return pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMAS[name])
 
 
@@ -25,7 +25,7 @@ def select_ids(table: pa.Table, ids: Sequence[str]) -> pa.Table:
 
 
 def by_prompt(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
-    """Yield each prompt_id with its rows; shards are sorted by prompt_id, so runs are groups."""
+    """Yield each prompt_id with its rows; the table must be sorted by prompt_id, as shards are."""
     ids = table["prompt_id"].to_numpy(zero_copy_only=False)
     if not len(ids):
         return
@@ -35,16 +35,22 @@ def by_prompt(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
 
 
 def prompt_runs(table: pa.Table) -> tuple[pa.Array, npt.NDArray[np.intp]]:
-    """Return the prompt_ids of a table sorted by them, each once, and the rows of each."""
+    """Return the distinct prompt_ids of a table and the number of rows of each.
+
+    The table must be sorted by prompt_id, as shards are.
+    """
     runs = pc.run_end_encode(table["prompt_id"].combine_chunks())
     ends = runs.run_ends.to_numpy().astype(np.intp)
     return runs.values, np.diff(ends, prepend=0)
 
 
 def require_same_ids(stage: str, **tables: pa.Table) -> None:
-    """Raise ValueError unless two tables, given by their names, hold the same responses in order.
+    """Check that two tables, given by their names, hold the same responses in the same order.
 
-    Shards are sorted by their unique ids, so the same ids make the same columns.
+    Shards are sorted by their unique ids, so tables with the same ids have the same id columns.
+
+    Raises:
+        ValueError: they do not.
     """
     (name, table), (other_name, other) = tables.items()
     if all(table[column].equals(other[column]) for column in IDS):
@@ -57,7 +63,7 @@ def require_same_ids(stage: str, **tables: pa.Table) -> None:
 
 
 def hashes(ids: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.uint64]:
-    """Return `seeds.hashes` of a column of ids, without making a Python object of each."""
+    """Return `seeds.hashes` of a column of ids; a column of 16-byte ids makes no Python objects."""
     column = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
     width = seeds.HEX_DIGITS
     if len(column) and pc.all(pc.equal(pc.binary_length(column), width)).as_py():

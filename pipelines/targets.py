@@ -1,4 +1,4 @@
-"""Rewards to new targets of supervised fine-tuning (RAFT, ReST), a shard at a time."""
+"""Rewards to new targets of supervised fine-tuning (RAFT, ReST), shard by shard."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class BoundsShard:
-    """The lowest and the highest reward of `rewards`, as counters; no output."""
+    """`rewards` to counters of the lowest and the highest reward; there is no output."""
 
     def setup(self) -> None:
         """Nothing to load."""
 
     def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return the maxima of the rewards and of their negatives; -inf of none."""
+        """Return the maxima of the rewards and of the negated rewards; -inf without rewards."""
         rewards = finite_rewards(tables["rewards"], "targets")
         signs = {"max_reward": rewards, "max_negated_reward": -rewards}
         return Shard({}, {name: float(v.max(initial=-np.inf)) for name, v in signs.items()})
@@ -38,7 +38,7 @@ class BoundsShard:
 
 @dataclass(frozen=True)
 class TargetShard:
-    """Candidates to `demonstrations`. `bounds` are those of `normalise: dataset`."""
+    """Candidates to `demonstrations`; `bounds` are for `normalise: dataset`, otherwise None."""
 
     settings: config.Targets
     response_prefix: str
@@ -50,7 +50,11 @@ class TargetShard:
     def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
         """Return the targets of the shard.
 
-        Candidates are `targets`, `declined` or `copies` of a text that counts once.
+        Every candidate counts as a target, as declined or as a copy of another candidate's text.
+
+        Raises:
+            NonFiniteReward: a reward is NaN or infinite.
+            ValueError: rewards and candidates hold different responses, or a prompt is missing.
         """
         candidates = tables["candidates"]
         require_same_ids("targets", rewards=tables["rewards"], candidates=candidates)
@@ -100,7 +104,7 @@ class TargetShard:
         return pa.table(columns, schema=SCHEMAS["demonstrations"])
 
     def _without_prefix(self, responses: pa.ChunkedArray) -> pa.ChunkedArray:
-        """Decodes hold the prefix that `train_sft` puts before every target itself."""
+        """Remove the prefix that decodes have: training adds it before every target."""
         prefix = self.response_prefix
         rest = pc.utf8_slice_codeunits(responses, start=len(prefix))
         return pc.if_else(pc.starts_with(responses, prefix), rest, responses)

@@ -1,4 +1,4 @@
-"""`python -m pipelines.worker NUMBER OF PARENT`: a worker process of `pipelines.workers`."""
+"""`python -m pipelines.worker NUMBER NUM_WORKERS PARENT`: a worker of `pipelines.workers`."""
 
 import logging
 import os
@@ -12,21 +12,21 @@ from rso.progress import WORKER
 
 
 def main() -> None:
-    """Serve Beam until it says that there is no more work, or is gone."""
+    """Work for Beam until it has no more work, or until the parent process ends."""
     number, num_workers, parent = map(int, sys.argv[1:])
     die_with(parent)
-    # Ctrl-C goes to the whole group, and Beam's worker would go on.
+    # Ctrl-C goes to the whole process group. With Python's handler Beam's worker would continue.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ[WORKER], os.environ[WORKERS] = str(number), str(num_workers)
-    # Before torch and tokenizers are imported: a share of the cores, as processes of a training.
+    # Before torch and tokenizers are imported: use a share of the cores, as `stages.launch` does.
     num_threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
     for setting in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(setting, str(num_threads))
     keep_freed_memory("auto")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    # Beam lowers the level of the root.
+    # Set the level of the handler, because Beam lowers that of the root logger.
     logging.getLogger().handlers[0].setLevel(logging.WARNING)
-    # It warns that nothing was staged for it, as nothing is on this machine.
+    # This logger warns that nothing was staged for the worker. On one machine nothing needs to be.
     logging.getLogger("apache_beam.runners.worker.sdk_worker_main").setLevel(logging.ERROR)
 
     from apache_beam.runners.worker import sdk_worker_main

@@ -1,7 +1,8 @@
-"""The worker processes of a Beam pipeline on this machine, which end with the run and it with them.
+"""The worker processes of a Beam pipeline on this machine.
 
-Beam's own (`direct_running_mode: multi_processing`) are started by a shell that may stay between
-the run and the worker, and a pipeline waits for ever for the answers of a worker that died.
+The workers end when the run ends, and the run ends when a worker dies. Beam's own workers
+(`direct_running_mode: multi_processing`) do neither. A shell starts them and may stay between the
+run and the worker. And a pipeline waits forever for the answers of a dead worker.
 """
 
 import logging
@@ -29,12 +30,12 @@ from google.protobuf import text_format
 from rso.errors import UserError
 
 _SECONDS_BETWEEN_ANSWERS = 0.1
-# Logs with a stack trace what comes out as an exception all the same.
+# This logger writes stack traces of errors that are raised as exceptions anyway.
 _DATA_PLANE = "apache_beam.runners.worker.data_plane"
 
 
 class Workers:
-    """The worker processes of one run of a pipeline; with a count of 1 there are none."""
+    """The worker processes of one run of a pipeline; a count of 1 starts none."""
 
     def __init__(self, label: str, count: int) -> None:
         self._label, self._count = label, count
@@ -49,7 +50,7 @@ class Workers:
             direct = options.view_as(DirectOptions)
             direct.direct_running_mode = "multi_processing"
             direct.direct_num_workers = self._count
-            # In place of Beam's own class for worker processes.
+            # This replaces Beam's own class for worker processes.
             WorkerHandler.register_environment(python_urns.SUBPROCESS_SDK, bytes)(
                 partial(_Worker, self)
             )
@@ -57,7 +58,10 @@ class Workers:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Raise `UserError` for a pipeline that failed because a worker died, and only that."""
+        """Raise `UserError` if the pipeline in the block fails because a worker died.
+
+        Other exceptions pass unchanged. Beam's stack traces about lost connections are hidden.
+        """
         hook, data_plane = threading.excepthook, logging.getLogger(_DATA_PLANE)
         threading.excepthook = partial(_pass_by_lost_connections, hook)
         data_plane.disabled = self._count > 1
@@ -83,7 +87,10 @@ class Workers:
         return process
 
     def end(self, dead: "subprocess.Popen[bytes]") -> str:
-        """Note that a worker ended by itself, kill the others, and return why the run ends."""
+        """Record that a worker died, kill the others, and return the reason why the run ends.
+
+        The reason names the first worker that died.
+        """
         with self._lock:
             if self._death is None:
                 self._death = (
@@ -105,13 +112,13 @@ def _ended(code: int) -> str:
 
 
 def _pass_by_lost_connections(hook: Any, what: threading.ExceptHookArgs) -> None:
-    # Threads of Beam that listen to a worker end so when it dies.
+    # Beam's threads that listen to a worker end with this error when the worker dies.
     if not issubclass(what.exc_type, grpc.RpcError):
         hook(what)
 
 
 class _Worker(GrpcWorkerHandler):
-    """Beam's side of a worker process, which gives Beam an error for all that a dead one owes."""
+    """Beam's side of a worker process; if it dies, Beam gets an error for each awaited answer."""
 
     def __init__(
         self, workers: Workers, command: bytes, state: Any, provision_info: Any, server: Any
@@ -132,16 +139,16 @@ class _Worker(GrpcWorkerHandler):
         self._watcher.start()
 
     def close(self) -> None:
-        # One that has not connected yet would not hear that there is no work.
+        # A worker that has not connected yet cannot learn that there is no more work.
         is_connected = self.control_conn._state != BeamFnControlServicer.UNSTARTED_STATE
         self._is_interrupted = not is_connected or bool(self.control_conn._futures_by_id)
         self._is_closing.set()
         if self._is_interrupted:
-            # Beam would wait until the shards in work are done.
+            # Beam would wait until the worker has done its current shards.
             self._process.kill()
         self.control_conn.close()
         with suppress(grpc.RpcError):
-            # What became of the connection to a dead worker, if it is one.
+            # The connection to a dead worker is broken.
             self.data_conn.close()
         self.stop_worker()
 
@@ -154,7 +161,7 @@ class _Worker(GrpcWorkerHandler):
             return
         death = self._workers.end(self._process)
         owed = self.control_conn._futures_by_id
-        # More than once, as Beam may go on asking.
+        # Repeat, because Beam may send further requests.
         while not self._is_closing.wait(_SECONDS_BETWEEN_ANSWERS):
             while owed:
                 name, future = owed.popitem()

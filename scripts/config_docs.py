@@ -56,7 +56,7 @@ def _top() -> Iterator[str]:
 
 
 def _seen() -> dict[str, list[str]]:
-    """Return the stages that declare each section, in a run that has every stage."""
+    """Return for each section the stages that see it, in a run that has every stage."""
     data = {
         "model": "m",
         "prepare": {"sources": []},
@@ -104,7 +104,7 @@ def _own(section: type[Section], shown: set[type[Section]], *, is_runtime: bool)
 
 
 def _places(inner: type[Section]) -> list[str]:
-    """Return the settings that hold a section, e.g. `decode.sampling`."""
+    """Return the settings whose value is a section of this class, e.g. `decode.sampling`."""
     return [
         f"{name}.{inner_name}"
         for name, field in Config.model_fields.items()
@@ -173,7 +173,7 @@ def _type(annotation: Any) -> str:
 
 
 def _inner(annotation: Any) -> type[Section] | None:
-    """Return the section that a setting is, may be, or is a list of."""
+    """Return the section class in a setting's type: the type itself, in a list, or optional."""
     if get_origin(annotation) in (tuple, Union, types.UnionType):
         annotation = get_args(annotation)[0]
     return annotation if _is_section(annotation) else None

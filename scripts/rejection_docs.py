@@ -1,6 +1,7 @@
-"""Measure rejection sampling on toys whose optimal policy is known; for docs/rejection-sampling.md.
+"""Measure rejection sampling on toy problems with a known optimal policy.
 
-Prints the tables and draws docs/figures/rejection-convergence.svg; about a minute on one core.
+Prints the tables of docs/rejection-sampling.md and draws docs/figures/rejection-convergence.svg.
+Takes about a minute on one core.
 
 python scripts/rejection_docs.py
 """
@@ -22,7 +23,7 @@ SHOWN = (8, 64, 512, 4096)
 NUM_PROMPTS = 10_000
 COLOURS = ("#2f5d8a", "#1f6f54", "#7a6a2f", "#a8402c")
 Distances = dict[tuple[float, int], float]
-"""By σ/β and k."""
+"""Kolmogorov distances by (σ/β, k)."""
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def gaussian(num_prompts: int, size: int, seed: int) -> Candidates:
 
 
 def by_beta(num_prompts: int = 20_000, size: int = 64, num_samples: int = 8) -> Iterator[str]:
-    """Yield the table over σ/β."""
+    """Yield the lines of the table over σ/β."""
     candidates = gaussian(num_prompts, size, seed=0)
     ratios = (0.0, 0.125, 0.25, *RATIOS, 8.0, 16.0, np.inf)
     totals = {}
@@ -74,7 +75,10 @@ def by_beta(num_prompts: int = 20_000, size: int = 64, num_samples: int = 8) -> 
 
 
 def by_duplicates(num_prompts: int = 100_000, num_texts: int = 20) -> Iterator[str]:
-    """Yield the table of copies: texts by Zipf's law, the first one accepted against π_r."""
+    """Yield the table of `duplicates`: total variation distance of the accepted text from π_r.
+
+    Texts are drawn by Zipf's law, so they repeat. One candidate is accepted per prompt, β = 0.5.
+    """
     draw = np.random.default_rng(1)
     proposal = 1 / np.arange(1, num_texts + 1)
     proposal /= proposal.sum()
@@ -101,7 +105,7 @@ def by_duplicates(num_prompts: int = 100_000, num_texts: int = 20) -> Iterator[s
 
 
 def by_size(found: Mapping[int, Distances]) -> Iterator[str]:
-    """Yield the table of distances over n, for one sample a prompt and for eight."""
+    """Yield the table of distances over n, for one and for eight samples per prompt."""
     columns = [(ratio, k) for k in (1, 8) for ratio in RATIOS]
     names = [f"σ/β = {ratio:g}, k = {k}" for ratio, k in columns]
     yield f"| n | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}"
@@ -110,7 +114,10 @@ def by_size(found: Mapping[int, Distances]) -> Iterator[str]:
 
 
 def distances(size: int, numbers: Sequence[int]) -> Distances:
-    """Return Kolmogorov distances of the accepted y from π_r = N(σ/β, 1), for each k."""
+    """Return Kolmogorov distances of the accepted y from π_r = N(σ/β, 1), by (σ/β, k).
+
+    `numbers` are the values of k.
+    """
     accepted: dict[tuple[float, int], list[np.ndarray]] = defaultdict(list)
     batch = max(1, min(NUM_PROMPTS, 2**21 // size))
     for start in range(0, NUM_PROMPTS, batch):
@@ -131,7 +138,7 @@ def _kolmogorov(sample: np.ndarray, mean: float) -> float:
 
 
 def figure(found: Mapping[int, Distances]) -> str:
-    """Return the figure as SVG: distance over n, a line for each σ/β."""
+    """Return the figure as SVG: distance over n, one line per σ/β."""
     width, height, left, right, top, bottom = 640, 360, 56, 90, 16, 44
 
     def x(size: float) -> float:
@@ -149,7 +156,7 @@ def figure(found: Mapping[int, Distances]) -> str:
             'stroke="#d9dad6"/>'
         )
         lines.append(_text(left - 8, y(value) + 4, f"{value:g}", "end"))
-    # Of the distance of so many exact draws: the mean of Kolmogorov's distribution.
+    # The mean distance of NUM_PROMPTS exact draws, from Kolmogorov's distribution.
     noise = sqrt(pi / 2) * log(2) / sqrt(NUM_PROMPTS)
     lines.append(
         f'<line x1="{left}" x2="{width - right}" y1="{y(noise):.1f}" y2="{y(noise):.1f}" '
@@ -165,7 +172,7 @@ def figure(found: Mapping[int, Distances]) -> str:
         lines.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
         )
-        # Names do not cover each other.
+        # Keep the names 16 apart, so that they do not overlap.
         lowest = min(y(values[-1]) + 4, lowest - 16)
         lines.append(_text(width - right + 8, lowest, f"σ/β = {ratio:g}", "start", colour))
     lines.append(_text((left + width - right) / 2, height - 8, "candidates a prompt, n", "middle"))

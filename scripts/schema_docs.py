@@ -51,7 +51,7 @@ def page() -> str:
 
 
 def _makers() -> dict[str, list[str]]:
-    """Return the stages that write each output, in any run."""
+    """Return for each output the stages that may write it."""
     makers: dict[str, dict[str, None]] = defaultdict(dict)
     for labeller in (None, "summary_quality"):
         data = {

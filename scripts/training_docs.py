@@ -1,4 +1,4 @@
-"""Draw docs/figures/shared-prefix.svg from the layout that training uses; for docs/training.md.
+"""Draw docs/figures/shared-prefix.svg for docs/training.md, from the layout that training uses.
 
 python scripts/training_docs.py
 """
@@ -15,12 +15,12 @@ INK, SOFT, PAPER = "#26282b", "#65686c", "#fdfdfb"
 
 
 def main() -> None:
-    """Draw the picture."""
+    """Write the figure."""
     FIGURE.write_text(figure(), encoding="utf-8")
 
 
 def figure() -> str:
-    """Who attends to whom in two rows packed into one sequence, with position ids."""
+    """Return an SVG of who attends to whom in two rows packed into one sequence, by position."""
     batch = collate(ROWS)
     layout = batch.layout
     is_seen = layout.is_seen("cpu")
@@ -70,7 +70,7 @@ def figure() -> str:
 
 
 def text(x: float, y: float, words: str, anchor: str) -> str:
-    """One line of text."""
+    """Return one line of text as SVG."""
     colour = INK if anchor == "end" else SOFT
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" '

@@ -1,6 +1,6 @@
 """The DAG as data: what each stage reads, what it writes and which settings it sees.
 
-This table is the one statement of what feeds what; `rso plan`, the flow and the runner read it.
+Only this table says which stage feeds which. `rso plan`, the flow and the runner read it.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ Feeds = dict[str, str]
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage.
+    """One stage of the DAG.
 
-    `inputs` maps the name a stage uses to the `stage/output` it is read from. `sections` are the
-    config sections the stage sees; all others are hidden from it and cannot change it.
-    `settings` is the section that is this stage's own. `externals` names what comes from outside
-    the store: `sources` (raw files), `model` (the base model), `init` (what training starts from,
-    when it is not the reference), `proposal` (what `decode` draws from, likewise), or `objectives`
-    (the rankers that were not trained in this run).
+    `inputs` maps each input name that the stage uses to the `stage/output` that it reads.
+    `sections` are the config sections that the stage sees. All others are hidden from it and cannot
+    change its result. `settings` is the stage's own section. `externals` names what the stage reads
+    from outside the store: `sources` (raw files), `model` (the base model), `init` (the model that
+    training starts from, if not the reference), `proposal` (the model that `decode` draws from, if
+    not the reference), or `objectives` (the rankers that this run did not train).
     """
 
     name: str
@@ -37,16 +37,18 @@ DOCUMENTS = ("report",)
 
 
 def stages(config: Config) -> tuple[Stage, ...]:
-    """Return the stages of the run that `config` describes, every stage after what it reads.
+    """Return the stages of the run that `config` describes, each after the stages that it reads.
 
-    With human comparisons `compare` is not there; with `pair.source: direct` nothing is decoded;
-    `targets` is there when `targets.method` names one, and where the policy learns from them
-    (`train_policy.loss: cross_entropy`) there are no pairs. `train_gold_ranker: null` leaves that
-    stage out, and `evaluate` judges without it.
+    - With human comparisons there is no `compare`.
+    - With `train_policy.loss: cross_entropy` the policy learns from targets: there are no `reject`,
+      `pair` and `logps`.
+    - With `pair.source: direct` and any other loss there are no `decode`, `score` and `reject`.
+    - `targets` is a stage unless `targets.method` is none.
+    - With `train_gold_ranker: null` that stage is left out, and `evaluate` judges without it.
 
     Raises:
-        UserError: targets or objectives are wanted where nothing is decoded, or the policy is to
-            learn from targets and there are none.
+        UserError: targets or objectives are set but nothing is decoded, or the policy learns from
+            targets but `targets.method` is none.
     """
     synthetic = config.comparisons.labeller is not None
     on_targets = config.train_policy.loss == "cross_entropy"
@@ -121,7 +123,7 @@ def stages(config: Config) -> tuple[Stage, ...]:
         table.append(ranker("train_gold_ranker"))
         gold_ranker = {"gold_ranker": "train_gold_ranker/ranker"}
     rankers = {"ranker": "train_ranker/ranker"}
-    # What compares with the ranker that scored, which may be several.
+    # Inputs of the stages that compare responses by the run's ranker, which may combine several.
     scored = rankers if direct else {**rankers, "objectives": "score/objectives"}
     ranking = () if direct else ("score",)
     objectives = () if direct else ("objectives",)

@@ -1,4 +1,4 @@
-"""`python -m stages NAME --config FILE`: one stage in this process, as the flow starts it."""
+"""`python -m stages NAME --config FILE`: run one stage in this process, as the flow does."""
 
 import argparse
 import logging
@@ -9,7 +9,7 @@ from stages.process import DEFECT, USER_MISTAKE, die_with_parent
 
 
 def main() -> int:
-    """Run the stage; 2 is the user's mistake, 1 ours."""
+    """Run the stage and return the exit code: 2 for a mistake of the user, 1 for a defect."""
     die_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)

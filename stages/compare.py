@@ -1,4 +1,4 @@
-"""Prompts to synthetic comparisons, where no human comparisons exist."""
+"""Prompts to synthetic comparisons, for runs without human comparisons."""
 
 from pipelines.compare import CompareShard
 from pipelines.decode import Decoding
@@ -9,7 +9,11 @@ from stages.prompts import choose_prompts
 
 
 def run(context: Context) -> Outcome:
-    """Decode pairs for training and validation prompts and label them by the known gold."""
+    """Decode responses to training and validation prompts, and label pairs by the known gold.
+
+    Raises:
+        UserError: a split has no prompts, or no comparison was made.
+    """
     settings = context.config.comparisons
     assert settings.labeller is not None, "the graph has compare only with a labeller"
     prompt_ids = [

@@ -1,4 +1,4 @@
-"""What a stage is given and what it gives back."""
+"""What a stage receives and what it returns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,10 @@ Curve = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Input:
-    """A dataset or model that a stage reads; `artifact` is None for a folder given by hand."""
+    """A dataset or model that a stage reads.
+
+    `artifact` is None for a folder given by `--input`, and in the processes of `stages.launch`.
+    """
 
     output: str
     directory: str
@@ -25,7 +28,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage counted, and the curves it leaves for the report (figures step by step)."""
+    """The counters of a stage, and its curves for the report: for each name a list of points."""
 
     counters: Mapping[str, float]
     curves: Mapping[str, Curve] = field(default_factory=dict)
@@ -33,7 +36,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Context:
-    """One stage's settings (only the sections it declares), inputs, and place to work."""
+    """The settings, inputs and work folder of a stage; other config sections are hidden from it."""
 
     stage: str
     config: Config
@@ -46,19 +49,25 @@ class Context:
         return self.inputs[name].directory
 
     def model(self, source: str) -> str:
-        """Return the folder of the model that a setting names: `reference`, or a model source."""
+        """Return the folder or file of the model that a setting names.
+
+        `source` is `reference` or a model source.
+
+        Raises:
+            UserError: the model is missing.
+        """
         if source == REFERENCE:
             return self.directory(REFERENCE)
-        # the plan has read it for its identity, and a stage asks more than once
+        # Not `resolve`: it reads all weights, and the plan has already read them for the identity.
         return locate(source)
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return a whole dataset input, shard after shard; only for what fits in memory."""
+        """Return all rows of a dataset input, shard after shard; they must fit in memory."""
         source = self.inputs[name]
         return _read(source.directory, source.output, columns)
 
     def written(self, name: str) -> pa.Table:
-        """Return a whole dataset that this stage has written; only for what fits in memory."""
+        """Return all rows of a dataset that this stage has written; they must fit in memory."""
         return _read(self.work.output(name), name)
 
     def map(
@@ -74,10 +83,16 @@ class Context:
     ) -> Counters:
         """Map shard files to shard files by a Beam pipeline and return the summed counters.
 
-        `inputs` may map each name to the columns that are read; otherwise all are. A stage of
-        several passes reads its own `work_inputs` (outputs of an earlier pass) and
-        `scratch_inputs` (place to schema); `scratch_output` is the folder in which the outputs of
-        this pass are kept for a later one: `folder/output` is the place of each.
+        `inputs` names the inputs, or maps each name to the columns to read. A list reads all
+        columns. The first input fixes the number of shards.
+
+        A stage may need several passes. `work_inputs` are outputs of the stage that an earlier pass
+        wrote. With `scratch_output` the outputs of this pass are for a later pass only: each is
+        written to `scratch_output/output` in the scratch folder. `scratch_inputs` maps each such
+        place to its schema.
+
+        Raises:
+            UserError: the function found a mistake of the user, or a worker process died.
         """
         columns = inputs if isinstance(inputs, Mapping) else dict.fromkeys(inputs)
         sources = {

@@ -1,4 +1,4 @@
-"""Prompts to candidates: many responses a prompt from the reference policy, or a later one."""
+"""Prompts to candidates: many responses per prompt, from the reference policy or another model."""
 
 from pipelines.decode import DecodeShard, Decoding, longest_prompt
 from rso.decoding import Sampling
@@ -8,9 +8,10 @@ from stages.prompts import choose_prompts
 
 
 def run(context: Context) -> Outcome:
-    """Decode the chosen training prompts; n samples of a prompt come from one prefill."""
+    """Decode `num_samples` responses to each chosen training prompt."""
     settings = context.config.decode
-    # The other end of the order that `compare` takes: the ranker has not learnt from these prompts.
+    # `compare` takes prompts from the other end of this order. So the ranker has not learnt from
+    # these prompts, if the split has enough for both.
     prompt_ids = choose_prompts(context, "train", settings.num_prompts, from_end=True)
     decoding = Decoding(
         label="decode",

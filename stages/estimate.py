@@ -1,7 +1,7 @@
 """How long the stages of a run will take: a first estimate, made before the run starts.
 
-A stage that ran before in this store is taken to need the seconds of its newest artifact. For any
-other the tokens that pass through a model are counted and divided by rates of this CPU.
+For a stage that has an artifact in this store, the estimate is the seconds of its newest artifact.
+For any other stage, the tokens that pass through a model are divided by the rates of this CPU.
 """
 
 import json
@@ -32,14 +32,14 @@ ROWS_READ = 300
 # Each stage is a process that imports its libraries.
 START_SECONDS = 8.0
 # Floating-point operations per token and parameter, at the rate of plain matrix products. Fitted to
-# SmolLM2-135M in float32 on two AVX2 cores of 130 GFLOP/s: about 200 tokens/s trained with a third
-# of the layers frozen, 500 prefilled, 150 to 300 decoded.
+# SmolLM2-135M in float32 on two AVX2 cores of 130 GFLOP/s. They trained about 200 tokens/s with a
+# third of the layers frozen, prefilled 500 and decoded 150 to 300.
 TRAINED, PREFILLED, DECODED = 4.8, 2.0, 4.4
 PACKED_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
 
 
 class Rates(NamedTuple):
-    """Tokens a second."""
+    """Tokens per second."""
 
     trained: float
     prefilled: float
@@ -47,10 +47,10 @@ class Rates(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Seconds of the stages that could be estimated, and the names of the others in `unknown`.
+    """The seconds of all stages that can be estimated; `unknown` names the other stages.
 
-    `remembered` stages are estimated by an earlier artifact, `computed` ones by their tokens.
-    Stages without tokens are in the seconds alone.
+    `remembered` stages are estimated by an earlier artifact, `computed` stages by their tokens.
+    Stages without tokens add to the seconds but have no name here.
     """
 
     seconds: float
@@ -60,24 +60,24 @@ class Estimate(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """What a run can expect; None stands for what cannot be found out."""
+    """What to expect of a run; None means that it could not be determined."""
 
     machine: Machine | None
     estimate: Estimate | None
 
 
 def rates(flops: float, parameters: float) -> Rates:
-    """Return what a CPU with `flops` FLOP/s in matrix products does with so many parameters."""
+    """Return the rates of a model on a CPU that reaches `flops` FLOP/s in matrix products."""
     return Rates(*(flops / (cost * parameters) for cost in (TRAINED, PREFILLED, DECODED)))
 
 
 def seconds(counts: Tokens, speed: Rates) -> float:
-    """Return the time of a stage, its start included."""
+    """Return the seconds of a stage, including its start."""
     return START_SECONDS + sum(count / rate for count, rate in zip(counts, speed, strict=True))
 
 
 def look_ahead(names: Sequence[str], config: Config, store: Store) -> Ahead:
-    """Return what will run the stages `names`, and how long they will take."""
+    """Return the machine that will run the stages `names`, and how long they will take."""
     is_new = any(not store.artifacts(name) for name in names)
     compute = config.compute
     machine = measure(compute.dtype, compute.device, seconds=1.0 if is_new else 0.0)
@@ -85,13 +85,13 @@ def look_ahead(names: Sequence[str], config: Config, store: Store) -> Ahead:
         flops = machine.flops if machine is not None else None
         return Ahead(machine, estimate(names, config, store, flops))
     except Exception as error:
-        # What is wrong with a file or a model is for the stage to say that needs it.
+        # The stage that needs a broken file or model reports it.
         logger.debug("no estimate: %s", error, exc_info=True)
         return Ahead(machine, None)
 
 
 def estimate(names: Sequence[str], config: Config, store: Store, flops: float | None) -> Estimate:
-    """Return how long the stages `names` will take; `flops` is None where it is not known.
+    """Return how long the stages `names` will take; `flops` is the CPU's FLOP/s, None if unknown.
 
     Raises:
         OSError, UserError: the raw files or the model cannot be read.
@@ -115,9 +115,10 @@ def estimate(names: Sequence[str], config: Config, store: Store, flops: float | 
 
 
 def read_lengths(config: Config) -> Lengths:
-    """Return mean lengths of the first rows of the sources, and about how many rows there are.
+    """Return mean lengths over the first rows of each source, and estimated numbers of rows.
 
-    Sources without responses leave their length to `decode.sampling.max_new_tokens`.
+    Lengths are in tokens, estimated from characters. If no source has responses, their length is
+    `decode.sampling.max_new_tokens`.
     """
     settings = config.prepare
     prompts: list[float] = []
@@ -158,7 +159,7 @@ def _shares(source: Source, shares: SplitShares) -> dict[str, float]:
 
 
 def _parameters(stage: str, config: Config) -> float | None:
-    """Return the size of the model that a stage spends its time on; None where nothing tells it."""
+    """Return the parameters of the model that a stage spends its time on; None if unknown."""
     asked = getattr(config, {"compare": "comparisons"}.get(stage, stage))
     if getattr(asked, "engine", None) == "vllm-server":
         return None
@@ -175,9 +176,10 @@ def _parameters(stage: str, config: Config) -> float | None:
 
 
 def num_parameters(source: str) -> float | None:
-    """Return the parameters of a local model by its files; None for a hub model or unknown files.
+    """Return the number of parameters of a local model; None for a hub model or unknown files.
 
-    Those of a GGUF file are its bytes by the bits per weight in its name, e.g. Q4_1.
+    Safetensors headers give the number. For a GGUF file, it is the size of the file divided by the
+    bytes per weight, which the file name tells, e.g. Q4_1. Adapters count as their base model.
     """
     if parse_source(source).kind == "hub":
         return None
@@ -187,7 +189,7 @@ def num_parameters(source: str) -> float | None:
         packed = re.search(r"(?:^|[-._])(?:I?Q(\d)|(B?F(?:16|32)))", path.name, re.IGNORECASE)
         if packed is None:
             return None
-        # Beside the weights there are scales, and some tensors are kept in more bits.
+        # The file also holds scales, and some tensors have more bits. Add 1.5 bits for them.
         size = PACKED_BYTES[packed[2].upper()] if packed[2] else (int(packed[1]) + 1.5) / 8
         return path.stat().st_size / size
     shapes = [shape for file in path.glob("*.safetensors") for shape in _shapes(file)]

@@ -20,7 +20,7 @@ SYSTEMS = (POLICY, REFERENCE)
 
 
 def run(context: Context) -> Outcome:
-    """Decode both systems, judge every pair of answers by every judge, and sum up."""
+    """Decode policy and reference, let every judge compare the answers, and write the metrics."""
     config = context.config
     settings = config.evaluate
     prompt_ids = choose_prompts(context, settings.split, settings.num_prompts)
@@ -61,7 +61,7 @@ def run(context: Context) -> Outcome:
 
 
 def _rankers(context: Context) -> dict[str, AnyRanker]:
-    """Return the rankers that judge: that of the run, and the gold ranker where there is one."""
+    """Return the judging rankers by name: the run's ranker, and the gold ranker if there is one."""
     rankers = {"ranker": ranker_of_run(context)}
     if "gold_ranker" in context.inputs:
         config = context.config
@@ -71,7 +71,7 @@ def _rankers(context: Context) -> dict[str, AnyRanker]:
 
 
 def _decodings(context: Context, system: str) -> dict[str, Decoding]:
-    """Return how a system is decoded, by the name of each way.
+    """Return how a system is decoded: a `Decoding` for each way of sampling.
 
     Draws are keyed by seed and prompt, so both systems draw with the same random numbers.
     """
@@ -91,7 +91,8 @@ def _decodings(context: Context, system: str) -> dict[str, Decoding]:
         sampling = replace(greedy.sampling, **settings.sampling.model_dump())
         decodings[SAMPLED] = replace(greedy, label=f"{system} sampled", sampling=sampling)
     if system == POLICY and settings.num_kl_prompts:
-        # KL(policy || reference) needs samples of the policy alone, neither cooled nor truncated.
+        # KL(policy || reference) needs samples of the policy only, at temperature 1 and without
+        # top-k or top-p.
         sampling = replace(greedy.sampling, temperature=1.0)
         decodings[ANCESTRAL] = replace(greedy, label=f"{system} for the KL", sampling=sampling)
     return decodings

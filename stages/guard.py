@@ -1,7 +1,7 @@
-"""`python -m stages.guard TOKEN`: wait until a run is gone, then end every process it left behind.
+"""`python -m stages.guard TOKEN`: wait until a run ends, then kill every process it left behind.
 
-A SIGKILLed run ends nothing itself. What it started carries its token in the environment: stages,
-their engines' workers, Prefect's temporary server.
+A run that is killed by SIGKILL cannot end its processes itself. All processes that it started have
+its token in their environment: stages, workers of their engines, Prefect's temporary server.
 """
 
 import os
@@ -13,13 +13,16 @@ import psutil
 
 from stages.process import RUN_TOKEN
 
-# Processes that are being started while others are killed are found by the next round.
+# A round may miss a process that starts during it. The next round finds it.
 ROUNDS = 50
 SECONDS_BETWEEN_ROUNDS = 0.1
 
 
 def main(token: str) -> None:
-    """Read until the other end of the pipe is closed, which the kernel does for the dead."""
+    """Wait until standard input closes, then kill all processes that carry `token`.
+
+    Standard input is a pipe from the run. The kernel closes it when the run ends, in any way.
+    """
     sys.stdin.buffer.read()
     for _ in range(ROUNDS):
         left = [process for process in psutil.process_iter() if _token(process) == token]

@@ -1,7 +1,8 @@
 """A training stage on several processes of this machine, started by `accelerate launch`.
 
-This process keeps the build and commits it. The others run the stage's own code on the same work
-folder, where the first of them writes; `python -m stages.launch JOB` is one of them.
+The process of the stage holds the build and commits it. The launched processes run the stage's code
+on the same work folder. Only the first of them writes the outcome. Each launched process is
+`python -m stages.launch JOB`.
 """
 
 import importlib
@@ -29,10 +30,11 @@ _JOB, _OUTCOME, _FAILURE = "job.json", "outcome.json", "failure-{rank}.txt"
 def run_on_processes(
     stage: Stage, config: Config, inputs: Mapping[str, Input], work: Work
 ) -> Outcome:
-    """Run a training stage on `compute.num_processes` processes and return what it counted.
+    """Run a training stage on `compute.num_processes` processes and return the first one's outcome.
 
     Raises:
-        UserError: one of them found a mistake of the user's; the first such sentence.
+        UserError: a process found a mistake of the user; the message is that of the lowest rank.
+        RuntimeError: the processes failed for another reason.
     """
     for name in os.listdir(work.scratch):
         if name == _OUTCOME or name.startswith("failure-"):
@@ -69,7 +71,7 @@ def _command(config: Config, job: str) -> list[str]:
     if compute.accelerate_config is not None:
         command += ["--config_file", compute.accelerate_config]
     else:
-        # On machines without GPUs, too, this is the launcher of several processes.
+        # `--multi_gpu` also starts several processes on a machine without GPUs.
         command += ["--multi_gpu", "--num_machines", "1", "--main_process_port", "0"]
         command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     threads = max(1, len(os.sched_getaffinity(0)) // compute.num_processes)
@@ -79,11 +81,14 @@ def _command(config: Config, job: str) -> list[str]:
 
 
 def main() -> int:
-    """Be one of the processes, which end with the launcher as it ends with the stage."""
+    """Run the stage as one of the launched processes and return the exit code.
+
+    This process ends when the launcher ends, and the launcher ends when the stage ends.
+    """
     die_with(os.getppid())
     with open(sys.argv[1], encoding="utf-8") as file:
         job = json.load(file)
-    # What was resolved before the launch stays: every process computes in the same dtype.
+    # The config was resolved before the launch, so all processes compute in the same dtype.
     config = parse_config(job["config"], where="job")
     inputs = {
         name: Input(output, directory, None) for name, (output, directory) in job["inputs"].items()

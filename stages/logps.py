@@ -5,7 +5,7 @@ from stages.context import Context, Outcome
 
 
 def run(context: Context) -> Outcome:
-    """Compute each response of a pair once."""
+    """Compute the log-probability of each distinct response in the pairs once."""
     policy = PolicySource(
         context.directory("reference"), context.config.compute, context.config.templates
     )

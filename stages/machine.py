@@ -1,7 +1,7 @@
-"""What this machine computes with, measured in a process of its own that ends at once.
+"""The hardware and speed of this machine, measured in a short-lived process.
 
-`python -m stages.machine DTYPE DEVICE SECONDS` prints it as JSON. It sees the threads and the GPU
-that a stage will see, and the process that starts a run need not load torch.
+`python -m stages.machine DTYPE DEVICE SECONDS` prints them as JSON. This process sees the threads
+and the GPU that a stage will see. So the process that starts a run need not load torch.
 """
 
 import json
@@ -15,19 +15,19 @@ from typing import Any
 
 from rso.parent import die_with
 
-# The size of products in a small model; larger ones reach rates that such a model never sees.
+# The size of matrix products in a small model. Larger products reach rates that it never reaches.
 ROWS, WIDTH = 256, 512
-# A CPU with bfloat16 trains and prefills a small model at most so many times as fast as in float32,
-# however much faster it multiplies large matrices (docs/lab-notes.md).
+# A CPU with bfloat16 trains and prefills a small model at most this many times as fast as in
+# float32, even if it multiplies large matrices much faster (docs/lab-notes.md).
 MOST_BY_BFLOAT16 = 3.0
 PATIENCE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Threads of torch, the name of the GPU, and useful FLOP/s of matrix products on the CPU.
+    """The threads of torch, the name of the GPU if there is one, and FLOP/s in matrix products.
 
-    `flops` is None on a GPU and where nothing was measured.
+    `flops` is for the CPU. It is None with a GPU, and if nothing was measured.
     """
 
     threads: int
@@ -36,9 +36,9 @@ class Machine:
 
 
 def measure(dtype: str, device: str, *, seconds: float) -> Machine | None:
-    """Return what the machine is; None where that cannot be found out.
+    """Return the machine, or None if the measuring process fails.
 
-    `seconds` is the time to multiply matrices for; 0 measures nothing.
+    `seconds` is the time spent on multiplying matrices; 0 measures nothing.
     """
     command = [sys.executable, "-m", "stages.machine", dtype, device, str(seconds)]
     try:

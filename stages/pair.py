@@ -9,7 +9,11 @@ from stages.rankers import ranker_of_run
 
 
 def run(context: Context) -> Outcome:
-    """Pair accepted candidates, random decodes, or take the comparisons as they are."""
+    """Pair accepted candidates or random decodes, or use the comparisons as pairs.
+
+    Raises:
+        UserError: no pairs were made; the message says why.
+    """
     config = context.config
     if config.pair.source == "direct":
         counters = context.map(

@@ -11,7 +11,11 @@ from stages.context import Context, Outcome
 
 
 def run(context: Context) -> Outcome:
-    """Read, judge and split the rows of all sources; a refused row is kept with its reason."""
+    """Read, check and split the rows of all sources; a refused row is kept with its reason.
+
+    Raises:
+        UserError: the settings or a raw file are unusable, or all rows were refused.
+    """
     settings = context.config.prepare
     counters = prepare_shards(
         settings,

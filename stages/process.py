@@ -1,4 +1,4 @@
-"""A stage as a process of its own that dies with whoever started it."""
+"""A stage as a separate process, which ends when the process that started it ends."""
 
 import contextlib
 import os
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from rso.parent import die_with
 
-# Exit codes of a stage: ours and the user's.
+# Exit codes of a stage for a defect of rso and for a mistake of the user.
 DEFECT, USER_MISTAKE = 1, 2
-# Environment variable by which the guard knows what belongs to a run.
+# Environment variable by which the guard recognises the processes of a run.
 RUN_TOKEN = "RSO_RUN"
 
 
@@ -23,10 +23,13 @@ def stage_command(stage: str, config: str, overrides: Sequence[str]) -> list[str
 
 
 def run_stage_process(stage: str, config: str, overrides: Sequence[str]) -> int:
-    """Run a stage in a new process group and return its exit code; an interrupt ends the group."""
+    """Run a stage in a new process group and return its exit code.
+
+    The group is killed when the stage ends, and also when an interrupt ends the wait.
+    """
     environment = {**os.environ, "RSO_PARENT": str(os.getpid())}
     if not sys.stderr.isatty():
-        # Bars of other libraries are control characters in a log; ours is a line a minute there.
+        # In a log, bars of other libraries are control characters. Ours are one line per minute.
         environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     process = subprocess.Popen(
         stage_command(stage, config, overrides), start_new_session=True, env=environment
@@ -39,19 +42,19 @@ def run_stage_process(stage: str, config: str, overrides: Sequence[str]) -> int:
 
 
 def guard_this_run() -> None:
-    """Have a process beside this one end all that this one starts, once this one is gone.
+    """Start a process that kills everything this process has started, once this process ends.
 
-    `die_with_parent` reaches our own stages alone; see `stages.guard`.
+    `die_with_parent` covers only our own stages; see `stages.guard`.
     """
     token = secrets.token_hex(16)
-    # Nobody writes: the end that stays open here is closed when this process ends, however.
+    # Nothing is written to the pipe. Its write end stays open until this process ends, in any way.
     reading, _ = os.pipe()
     subprocess.Popen(
         [sys.executable, "-m", "stages.guard", token],
         stdin=reading,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # Ctrl-C goes to the whole group, and the guard must outlive it.
+        # Ctrl-C goes to the whole process group, and the guard must survive it.
         start_new_session=True,
     )
     os.close(reading)
@@ -59,7 +62,10 @@ def guard_this_run() -> None:
 
 
 def die_with_parent() -> None:
-    """End with the process that started this stage by `run_stage_process`, if one did."""
+    """End this stage when the process that started it by `run_stage_process` ends.
+
+    Does nothing for a stage that was started in another way.
+    """
     parent = os.environ.get("RSO_PARENT")
     if parent is not None:
         die_with(int(parent))

@@ -8,11 +8,14 @@ from stages.context import Context
 def choose_prompts(
     context: Context, split: str, count: int | None, *, from_end: bool = False
 ) -> list[str]:
-    """Return the ids of `count` prompts of a split, all if None, the same ones for the same seed.
+    """Return the sorted ids of `count` prompts of a split, or of all prompts if `count` is None.
 
-    A larger count gives a superset. `from_end` takes them from the other end of the same order, so
-    both choices are disjoint where the split has enough prompts. Raises `UserError` when the split
-    is empty.
+    The seed puts the prompts of the split in a fixed order, and the first `count` are chosen. So a
+    larger count gives a superset. `from_end` chooses from the other end of this order: both choices
+    are disjoint if the split has enough prompts.
+
+    Raises:
+        UserError: the split is empty.
     """
     prompts = context.table("prompts", ["prompt_id", "split"])
     ids = [

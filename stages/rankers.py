@@ -1,4 +1,4 @@
-"""Which ranker a stage compares with: the trained one, or several as one (appendix A.9)."""
+"""Which ranker a stage compares with: the trained one, or several combined (appendix A.9)."""
 
 from pipelines.score import AnyRanker, RankerSource, WeightedSource
 from rso.config import TRAINED
@@ -8,7 +8,7 @@ from stages.context import Context
 
 
 def objective_rankers(context: Context) -> dict[str, RankerSource]:
-    """Return the ranker of each objective of the config, by its name."""
+    """Return the ranker of each objective in the config, by the objective's name."""
     config = context.config
     return {
         objective.name: RankerSource(
@@ -23,9 +23,9 @@ def objective_rankers(context: Context) -> dict[str, RankerSource]:
 
 
 def ranker_of_run(context: Context) -> AnyRanker:
-    """Return the ranker that scored the candidates: weights and scales are those of `score`.
+    """Return the ranker that scored the candidates, with the weights and scales of `score`.
 
-    Where nothing was scored (`pair.source: direct`) it is the trained ranker.
+    If nothing was scored (`pair.source: direct`), it is the trained ranker.
     """
     if "objectives" not in context.inputs:
         config = context.config

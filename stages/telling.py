@@ -1,4 +1,4 @@
-"""What a run says in lines: what to expect before it starts, and how each stage went."""
+"""The lines that a run prints: what to expect before it starts, and how each stage went."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -21,7 +21,7 @@ JUDGES = {
 
 
 class ToDo(NamedTuple):
-    """How many of `num_stages` stages have to run, and how many others may have to."""
+    """How many of `num_stages` stages have to run, and how many others may have to run."""
 
     num_sure: int
     num_possible: int
@@ -31,8 +31,8 @@ class ToDo(NamedTuple):
 def to_do(planned: Sequence[Planned], store: Store) -> ToDo:
     """Return how many of the planned stages have to run.
 
-    A stage that waits for its inputs finds its artifact again where these come out as before. So it
-    has to run for sure only in a store that has nothing of any such stage.
+    A stage that waits for its inputs need not run if its inputs come out as before: then its old
+    artifact fits. So waiting stages are sure to run only if none of them has an artifact.
     """
     num_run = sum(p.status == "run" for p in planned)
     waiting = [p.stage.name for p in planned if p.status == "waits"]
@@ -42,7 +42,7 @@ def to_do(planned: Sequence[Planned], store: Store) -> ToDo:
 
 
 def expectation(dtype: str, reason: str, stages: ToDo, ahead: Ahead) -> list[str]:
-    """Return the lines before a run: device, dtype and its reason, threads, stages and minutes."""
+    """Return the two lines before a run: device, dtype and its reason; then stages and minutes."""
     time = _time(ahead.estimate, is_upper_bound=stages.num_possible > 0)
     return [_computes_with(ahead.machine, dtype, reason), f"{_have_to_run(stages)}: {time}"]
 
@@ -53,7 +53,10 @@ def began(names: Sequence[str], name: str) -> str:
 
 
 def ended(names: Sequence[str], artifact: Artifact, *, is_cached: bool) -> str:
-    """Return the line for a stage that has its artifact: how long it took and what came out."""
+    """Return the line for a stage that has its artifact, with its figure.
+
+    The line has the time that the stage took, or says that the artifact was cached.
+    """
     seconds = artifact.manifest.timings.get("seconds", 0.0)
     line = f"{artifact.stage} done in {duration(seconds)}"
     if is_cached:
@@ -63,13 +66,13 @@ def ended(names: Sequence[str], artifact: Artifact, *, is_cached: bool) -> str:
 
 
 def figure(artifact: Artifact) -> str:
-    """Return the telling figure of an artifact, empty where its counters or rows do not hold it."""
+    """Return the main result of an artifact in words, or "" if the artifact does not hold it."""
     tell = FIGURES.get(artifact.stage)
     try:
         return tell(artifact.manifest.counters, artifact) if tell is not None else ""
     except (KeyError, IndexError, ZeroDivisionError, ValueError, OSError, pa.ArrowException):
-        # An artifact of other code may have counted other things, and a file may be unreadable
-        # (UserError and UnreadableShard are ValueErrors). The stage is done all the same.
+        # Other code may have written an artifact with other counters, and a file may be unreadable
+        # (UserError and UnreadableShard are ValueErrors). The stage is still done.
         return ""
 
 

@@ -1,7 +1,7 @@
 """How many tokens each stage passes through a model, from the settings and the lengths of texts.
 
-These are counts for an estimate of time: templates and refused rows are left out, and a decoded
-response is taken to be as long as those in the raw files.
+The counts are for an estimate of time. Templates and refused rows are ignored. Decoded responses
+are assumed to be as long as those in the raw files.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,24 +9,24 @@ from typing import NamedTuple
 
 from rso.config import Config, Optimisation, TrainRanker
 
-# Marks around a response that a ranker reads.
+# Tokens of the marks that a ranker reads around a response.
 MARK_TOKENS = 3
 
 
 class Lengths(NamedTuple):
-    """Mean tokens of a prompt and of a response, and rows by (kind of source, split)."""
+    """Mean tokens of a prompt and of a response, and numbers of rows by (kind of source, split)."""
 
     prompt: float
     response: float
     rows: Mapping[tuple[str, str], float]
 
     def prompts(self, split: str) -> float:
-        """Rows of all kinds."""
+        """Return the rows of all kinds in a split, as an estimate of its prompts."""
         return sum(count for (_, side), count in self.rows.items() if side == split)
 
 
 class Tokens(NamedTuple):
-    """Tokens that pass through a model; a context that responses share counts once."""
+    """Tokens that pass through a model; a context shared by several responses counts once."""
 
     trained: float = 0.0
     prefilled: float = 0.0
@@ -74,8 +74,8 @@ def _decode(config: Config, lengths: Lengths) -> Tokens:
 
 
 def _score(config: Config, lengths: Lengths) -> Tokens:
-    # Context and baseline are read once for all candidates. In the other order each candidate
-    # stands before the baseline.
+    # With the baseline first, context and baseline are read once for all candidates. In the other
+    # order each candidate comes before the baseline, so the baseline is read for each of them.
     prompts, marked = _decoded_prompts(config, lengths), lengths.response + MARK_TOKENS
     passes = 3 if config.score.orders == "both" else 1
     each = lengths.prompt + marked * (1 + passes * config.decode.num_samples)
@@ -121,7 +121,8 @@ def _evaluate(config: Config, lengths: Lengths) -> Tokens:
     answers = 2 * samplings * prompts + kl_samples
     answer = _most(settings.max_new_tokens, lengths.response)
     judges = 1 if config.train_gold_ranker is None else 2
-    # Policy, reference and human line, each against each; of sampled answers the first contest.
+    # Greedy answers: policy, reference and human target, each against each. Sampled answers: only
+    # policy against reference.
     contests = (2 + samplings) * prompts
     judged = judges * _judged(lengths, contests, contests)
     read = answers * lengths.prompt + 2 * kl_samples * (lengths.prompt + answer)
@@ -141,7 +142,7 @@ def _decoded_prompts(config: Config, lengths: Lengths) -> float:
 
 
 def _pairs(config: Config, lengths: Lengths) -> tuple[float, float]:
-    """Return (prompts, pairs) that the policy is trained on."""
+    """Return the numbers of prompts and of pairs that the policy is trained on."""
     if config.pair.source == "direct":
         pairs = _comparisons(config, lengths, "train")
         return min(pairs, lengths.prompts("train")), pairs
@@ -153,12 +154,12 @@ def _pairs(config: Config, lengths: Lengths) -> tuple[float, float]:
 
 
 def _judged(lengths: Lengths, contexts: float, pairs: float, orders: int = 2) -> float:
-    """Return the tokens of pairs that a ranker reads: contexts once, both responses per order."""
+    """Return the tokens a ranker reads: each context once, both responses of a pair per order."""
     return contexts * lengths.prompt + pairs * orders * 2 * (lengths.response + MARK_TOKENS)
 
 
 def _seen(settings: Optimisation, items: float) -> float:
-    """Return how many items a training sees, repeated ones counted again."""
+    """Return how many items a training sees; an item counts once per epoch."""
     seen = settings.epochs * items
     return (
         seen if settings.max_steps is None else min(seen, settings.max_steps * settings.batch_size)

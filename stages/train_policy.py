@@ -1,4 +1,4 @@
-"""Pairs or new targets to the aligned policy: the checkpoint that the ranker prefers."""
+"""Pairs or new targets to the trained policy: the checkpoint that the ranker prefers."""
 
 import json
 import logging
@@ -34,12 +34,16 @@ from stages.rankers import ranker_of_run
 logger = logging.getLogger(__name__)
 
 FIELDS = PolicyPair._fields
-# Beyond these mean probabilities of the reference the contest hardly tells checkpoints apart.
+# Outside this range of the reference's mean probability, the contest hardly separates checkpoints.
 LOWEST, HIGHEST = 0.1, 0.9
 
 
 def run(context: Context) -> Outcome:
-    """Train on all pairs, or on new targets, and keep the best checkpoint."""
+    """Train on all pairs, or on new targets, and keep the best checkpoint.
+
+    Raises:
+        UserError: no validation prompt can be judged, or the training data are unusable.
+    """
     contest = _Contest(context)
     on_targets = context.config.train_policy.loss == "cross_entropy"
     result = (_on_targets if on_targets else _on_pairs)(context, contest)
@@ -66,7 +70,7 @@ def run(context: Context) -> Outcome:
 
 
 def _choice(result: PolicyResult) -> dict[str, float]:
-    """Return by how much the kept checkpoint leads the runner-up; nothing without one."""
+    """Return the lead of the kept checkpoint over the next best; empty if there is no other."""
     if result.lead is None:
         return {}
     lead = result.lead.difference
@@ -88,7 +92,10 @@ def _choice(result: PolicyResult) -> dict[str, float]:
 
 
 def _on_pairs(context: Context, contest: "_Contest") -> PolicyResult:
-    """From the reference, checked at step 0 against its log-probs, or from another model."""
+    """Train on pairs, from the reference or from another model (`train_policy.init_from`).
+
+    A policy that starts as the reference is checked at step 0 against the reference log-probs.
+    """
     config = context.config
     settings = config.train_policy
     logps = context.table("logps")
@@ -132,10 +139,10 @@ def _on_targets(context: Context, contest: "_Contest") -> PolicyResult:
 
 
 class _Contest:
-    """Greedy answers to validation prompts against others', compared by the ranker of the run.
+    """The run's ranker compares a model's greedy answers to validation prompts with other answers.
 
-    What is loaded or decoded once waits for the first evaluation: of several processes one alone
-    evaluates.
+    The ranker and the other answers are loaded or decoded at the first evaluation: of several
+    processes, only one evaluates.
     """
 
     def __init__(self, context: Context) -> None:
@@ -143,18 +150,21 @@ class _Contest:
         self._against = self._settings.selection.against
         self._rows = self._chosen_rows()
         self._tokenizer = load_tokenizer(context.directory("reference"))
-        # With one evaluation nothing is chosen, and its opponent needs no judging of its own.
+        # With one evaluation no checkpoint is chosen, so the reference need not be judged.
         self.judges_reference = self._against == "target" and self._settings.num_evaluations > 1
 
     def margins(self, policy: Any) -> list[float]:
-        """Return the ranker's margins of the policy's answers over the others, [prompt], nats."""
+        """Return the margins of the policy's answers over the other answers, [prompt], nats."""
         if self.judges_reference:
             _ = self.reference_mean_probability
         return self._margins_of(self._answers(policy))
 
     @cached_property
     def reference_mean_probability(self) -> float:
-        """That of the SFT policy's own answers; kept in the work folder over interruptions."""
+        """The mean probability that the SFT policy's answers beat the targets.
+
+        It is kept in the work folder, so an interrupted stage does not compute it again.
+        """
         path = Path(self._context.work.scratch) / "reference.json"
         if not path.exists():
             figures = judged(self._margins_of(self._reference_answers)).figures
@@ -194,7 +204,7 @@ class _Contest:
             for row, answer, other in zip(self._rows, answers, self._others, strict=True)
         ]
         margins = self._ranker.preference(games)
-        # No text is better than itself, whatever the rounding.
+        # A text is not better than itself, but rounding may give it a margin.
         return [0.0 if g.a == g.b else float(z) for g, z in zip(games, margins, strict=True)]
 
     def _answers(self, model: Any) -> list[str]:
@@ -222,7 +232,7 @@ class _Contest:
 
     @cached_property
     def _reference_answers(self) -> list[str]:
-        # Nothing else holds this model, so its memory is free again before the ranker is loaded.
+        # Nothing else refers to this model, so its memory is freed before the ranker is loaded.
         model, _ = load(self._context.directory("reference"), self._context.config.compute)
         return self._answers(model)
 

@@ -1,4 +1,4 @@
-"""Comparisons to a pairwise ranker; run once more, on other prompts, for the gold ranker."""
+"""Comparisons to a pairwise ranker. The gold ranker is trained the same way on other prompts."""
 
 import logging
 
@@ -15,7 +15,11 @@ FIELDS = LabelledComparison._fields
 
 
 def run(context: Context) -> Outcome:
-    """Train on the comparisons of this ranker's prompt folds; accuracy on validation prompts."""
+    """Train on the comparisons of this ranker's prompt folds, and judge on validation comparisons.
+
+    Raises:
+        UserError: these folds have no training comparisons, or the settings do not fit the model.
+    """
     config = context.config
     settings: TrainRanker = getattr(config, context.stage)
     comparisons = [
@@ -61,7 +65,7 @@ def run(context: Context) -> Outcome:
 
 
 def fold(prompt_id: str, num_folds: int) -> int:
-    """Return the fold in [0, num_folds) of a prompt, independent of its shard."""
+    """Return the fold of a prompt, from 0 to num_folds - 1; it depends on the prompt's id only."""
     return seeds.key("fold", prompt_id) % num_folds
 
 

@@ -8,9 +8,10 @@ from stages.context import Context, Outcome
 
 
 def run(context: Context) -> Outcome:
-    """Fine-tune the base model on the training demonstrations, every reference of a prompt one.
+    """Fine-tune the base model on the training demonstrations.
 
-    Or, with `train_sft.skip`, write it as it is.
+    Each demonstration of a prompt is a separate example. With `train_sft.skip` the base model is
+    written without training.
     """
     config = context.config
     location = str(resolve(config.model).location)
