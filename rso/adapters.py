@@ -1,7 +1,7 @@
-"""A directory of PEFT adapters (LoRA) in the place of a model: what it says, and its merging.
+"""A directory of PEFT adapters (LoRA) as a model: reading its settings, and merging it.
 
-`rso.models` finds the base that it names, and takes both for one model. Importing this module loads
-no torch.
+`rso.models` finds the base that the directory names, and treats the two as one model. Importing
+this module loads no torch.
 """
 
 import json
@@ -20,14 +20,15 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def is_adapter(location: str | Path) -> bool:
-    """Return whether PEFT wrote what is in a directory."""
+    """Return whether a directory holds PEFT adapters, that is, an `adapter_config.json`."""
     return (Path(location) / CONFIG).is_file()
 
 
 def base_source(directory: str | Path) -> str:
     """Return the model source of the base that a directory of adapters names.
 
-    A relative path starts at the directory, or else at the working directory.
+    A relative path starts at the directory. If nothing is there, it starts at the working
+    directory.
 
     Raises:
         UserError: no base is named, the weights are missing, or the adapters are not LoRA.
@@ -55,9 +56,10 @@ def base_source(directory: str | Path) -> str:
 
 
 def check_pinned(directory: str | Path, identity: Mapping[str, str]) -> None:
-    """Raise `UserError` if the base is the hub's latest, which may be another at the next load.
+    """Raise `UserError` if the base is on the hub and the adapters do not name its commit.
 
-    `identity` is the base's as it is now.
+    A branch or a tag may be another model at the next load. `identity` is the identity of the base
+    now.
     """
     commit, revision = identity.get("commit"), _settings(directory).get("revision")
     if commit is not None and revision != commit:
@@ -69,9 +71,10 @@ def check_pinned(directory: str | Path, identity: Mapping[str, str]) -> None:
 
 
 def max_rank(directory: str | Path) -> int:
-    """Return the least rank that vLLM can be started with for these adapters.
+    """Return vLLM's `max_lora_rank` for these adapters.
 
-    It knows the powers of two from 8, among others.
+    It is the least power of two that is at least 8 and at least the rank of every layer. vLLM
+    accepts the powers from 8 to 512.
     """
     settings = _settings(directory)
     rank = max(settings["r"], *(settings.get("rank_pattern") or {}).values(), 8)
@@ -79,9 +82,10 @@ def max_rank(directory: str | Path) -> int:
 
 
 def check_fit(directory: str | Path, config: "PreTrainedConfig") -> None:
-    """Raise `UserError` unless the adapters fit a model of this configuration, without loading it.
+    """Raise `UserError` unless the adapters fit a model of this configuration.
 
-    vLLM passes over modules that its model lacks, and fills up with zeros what is too small.
+    The model's weights are not loaded. vLLM does not check the fit: it skips modules that its model
+    lacks, and pads weights that are too small with zeros.
     """
     import torch
     import transformers
@@ -103,10 +107,10 @@ def merged(
     """Return `model`, a base in float32, with the adapters merged into it, then cast to `dtype`.
 
     Raises:
-        UserError: they do not fit.
+        UserError: the adapters do not fit, or they change embeddings that the base ties.
     """
     whole: PreTrainedModel = _adapted(model, directory).merge_and_unload()
-    # Not `whole.to`, which would cast buffers too: rotary frequencies stay float32.
+    # `whole.to` would also cast buffers, and rotary frequencies must stay in float32.
     for parameter in whole.requires_grad_(True).parameters():
         parameter.data = parameter.data.to(dtype)
     whole.config.dtype = dtype
@@ -118,7 +122,7 @@ def _adapted(model: Any, directory: str | Path) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     config = LoraConfig.from_pretrained(str(directory))
-    # What PEFT adds for a task (a head, a way to generate) is none of ours.
+    # Without a task type PEFT adds nothing for the task, such as a head or its own generation.
     config.task_type, config.inference_mode = None, True
     is_empty = model.device.type == "meta"
     try:

@@ -1,10 +1,12 @@
 """Attention over packed shared-prefix rows: a prefix is read once, and branches are never mixed.
 
 Rows lie one after another in one sequence, `prefix branch branch … prefix branch …`, without
-padding. A prefix attends to itself, a branch to its row's prefix and to itself. The two that a
-branch attends to are disjoint, so flash attention over each is merged by the log-sum-exps, and
-nothing that is masked is computed. On a CPU every slice is a call of its own, on a GPU all slices
-of a kind are one. Float32 on a GPU has no such kernel and takes one dense mask.
+padding. A prefix attends to itself. A branch attends to its row's prefix and to itself. These keys
+are disjoint, so flash attention runs over each part, and the log-sum-exps merge the results. Masked
+scores are not computed. On a CPU there is one call for each prefix, for each branch, and for the
+branches of each row over their prefix. On a GPU there are two calls: all prefixes and branches over
+themselves, and all branches over their prefixes. Where a GPU has no such kernel, for example in
+float32, attention is dense with one mask.
 """
 
 from collections.abc import Iterator
@@ -31,22 +33,22 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class Packed(NamedTuple):
-    """A layout as kernels on a GPU take it: sequences of tokens, and the tokens' places."""
+    """A layout for the kernels on a GPU: sequences of tokens, and the places of the tokens."""
 
     segments: Spans
-    """Prefixes and branches, all tokens in order."""
+    """Every prefix and every branch is one sequence; together they are all tokens in order."""
     prefixes: Spans
     prefix_tokens: Tensor
     branches: Spans
-    """All branches of a row are one sequence."""
+    """The branches of one row are one sequence."""
     branch_tokens: Tensor
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where prefixes and branches lie in a packed sequence, as (start, end).
+    """The spans (start, end) of prefixes and branches in a packed sequence.
 
-    `branches[row]` are consecutive and follow `prefixes[row]`; the next row follows them.
+    `branches[row]` are consecutive and follow `prefixes[row]`. The next row follows them.
     """
 
     prefixes: tuple[Span, ...]
@@ -55,12 +57,12 @@ class Layout:
 
     @property
     def num_tokens(self) -> int:
-        """Length of the sequence."""
+        """The length of the packed sequence."""
         return self.branches[-1][-1][1]
 
     @cached_property
     def is_seen(self) -> Tensor:
-        """Bool [query, key]: whether a query attends to a key. Quadratic: for dense attention."""
+        """Bool [query, key]: whether a query attends to a key; a mask for dense attention."""
         row, segment = self._rows_and_segments()
         index = torch.arange(self.num_tokens, device=self.device)
         is_own = (segment[:, None] == segment) | (segment == 0)
@@ -68,7 +70,7 @@ class Layout:
 
     @cached_property
     def packed(self) -> Packed:
-        """The layout for the kernels of `flash_on_gpu`, made once for all layers."""
+        """The layout for the kernels of `flash_on_gpu`; all layers share it."""
         prefixes = list(self.prefixes)
         branches = [(spans[0][0], spans[-1][1]) for spans in self.branches]
         segments = [
@@ -85,7 +87,7 @@ class Layout:
         )
 
     def _rows_and_segments(self) -> tuple[Tensor, Tensor]:
-        """Row of each token, and its segment: 0 for the prefix, from 1 for the row's branches."""
+        """Return each token's row and segment: 0 is the prefix, the branches are 1, 2, …"""
         row = torch.empty(self.num_tokens, dtype=torch.int64)
         segment = torch.empty(self.num_tokens, dtype=torch.int64)
         for number, (prefix, branches) in enumerate(zip(self.prefixes, self.branches, strict=True)):
@@ -113,13 +115,14 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as `branches` says; without it, as `sdpa` would, e.g. in plain decoding.
+    """Return the attention of the layout `branches`; without a layout, that of `sdpa`.
 
-    The signature is that of transformers' attention functions: takes [1, head, position, size],
-    key and value with their own number of heads, and returns [1, position, head, size].
+    The signature is that of transformers' attention functions. With a layout it takes
+    [1, head, position, size], where key and value have their own number of heads, and returns
+    [1, position, head, size].
 
     Raises:
-        ValueError: attention dropout, which the kernels lack.
+        ValueError: attention dropout with a layout: the kernels have no dropout.
     """
     if branches is None:
         seen, _ = sdpa_attention_forward(
@@ -132,7 +135,7 @@ def attention(
             "attention_dropout to 0 in the model's config.json, or compute.attention to sdpa."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Typed loosely: torch does not annotate `apply`.
+    # `Any`: torch does not annotate `apply`.
     on_cpu: Any = _OnCpu.apply
     on_gpu: Any = _OnGpu.apply
     if query.device.type == "cpu":
@@ -143,28 +146,31 @@ def attention(
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-    """`attention` with one mask over the whole sequence, quadratic in its tokens."""
+    """Return what `attention` does with a layout, from one mask over the whole sequence.
+
+    Time and memory are quadratic in the number of tokens.
+    """
     q, k, v = _in_type(value.dtype, query, key, value)
     seen = scaled_dot_product_attention(q, k, v, attn_mask=layout.is_seen, scale=scale)
     return seen.transpose(1, 2)
 
 
 class _OnCpu(torch.autograd.Function):
-    """Flash attention by slices: in the values' type, but in float32 where there are gradients.
+    """Flash attention by slices, in the type of the values, or in float32 if gradients are needed.
 
-    Backward, bfloat16 is ten times slower.
+    The backward pass of the kernel is ten times slower in bfloat16 than in float32.
 
-    The gradient of a slice is that of flash attention given the merged output and log-sum-exp,
-    since both say what share of the softmax the slice's keys had.
+    The backward pass of flash attention takes the merged output and log-sum-exp for each slice.
+    They say which share of the softmax the keys of the slice have.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
     ) -> Tensor:
-        """[1, head, position, size] to [1, position, head, size] in the type of `value`."""
+        """Take [1, head, position, size]; return [1, position, head, size] in the values' type."""
         is_trained = any(ctx.needs_input_grad)
-        # under autocast rotary positions leave queries and keys in float32, and values are not
+        # Under autocast, rotary positions leave queries and keys in float32, but not values.
         dtype = torch.float32 if is_trained else value.dtype
         q, k, v = _in_type(dtype, query, key, value)
         out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
@@ -210,13 +216,13 @@ class _OnCpu(torch.autograd.Function):
             for grad, part, at in zip(grads, parts, (queries, keys, keys), strict=True):
                 grad[at] += part
         dq, dk, dv = grads
-        # Query heads that share a key head lie side by side.
+        # The query heads that share a key head are consecutive.
         dk, dv = (g.view(1, key.shape[1], -1, *g.shape[2:]).sum(2) for g in (dk, dv))
         return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None
 
 
 def _slices(layout: Layout) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...], bool]]:
-    """The flash-attention calls: (queries, keys, is_causal)."""
+    """Yield the calls of flash attention: (queries, keys, is_causal)."""
     for prefix, branches in zip(layout.prefixes, layout.branches, strict=True):
         yield _slice(prefix), _slice(prefix), True
         yield _slice((branches[0][0], branches[-1][1])), _slice(prefix), False
@@ -231,7 +237,7 @@ def _slice(span: Span) -> tuple[slice, ...]:
 def _in_type(
     dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In one type, with keys and values repeated for all query heads."""
+    """Return all three in `dtype`, with keys and values repeated for all query heads."""
     groups = query.shape[1] // key.shape[1]
     return query.to(dtype), repeat_kv(key.to(dtype), groups), repeat_kv(value.to(dtype), groups)
 
@@ -239,7 +245,7 @@ def _in_type(
 class _OnGpu(torch.autograd.Function):
     """Flash attention in the values' type: every segment over itself, branches over prefixes.
 
-    The gradients of both are those of flash attention given the merged output and log-sum-exp.
+    The backward pass of both calls takes the merged output and log-sum-exp, as in `_OnCpu`.
     """
 
     @staticmethod
@@ -247,7 +253,7 @@ class _OnGpu(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
     ) -> Tensor:
         packed = layout.packed
-        # under autocast rotary positions leave queries and keys in float32
+        # Under autocast, rotary positions leave queries and keys in float32.
         q, k, v = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))
         at, of_prefix = packed.branch_tokens, packed.prefix_tokens
         out, total = flash_on_gpu.attend(

@@ -1,7 +1,7 @@
-"""What rejection sampling did at some β: per prompt, summed over prompts, and in words.
+"""What rejection sampling did at a given β: per prompt, summed over prompts, and in words.
 
-Every β is in nats unless it says otherwise. Sums of shards add up to those of the whole, so they
-travel as counters.
+Every β is in nats unless its name says otherwise. The sums of shards add up to the sums of the
+whole, so stages record them as counters.
 """
 
 import math
@@ -17,34 +17,37 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Point = dict[str, float]
 
-# Fewer effective samples than this share of `num_samples` make a best-of-N: most of the accepted
-# candidates are then those that are left when the few likely ones of the optimal policy are gone.
+# With fewer effective samples than this share of `num_samples`, sampling becomes best-of-N: only a
+# few candidates are likely under the optimal policy, and most of the accepted ones are others.
 BEST_OF_N = 0.5
-# With fewer effective samples than two the best candidate has most of the weight.
+# With fewer than two effective samples the best candidate has most of the weight.
 FEWEST = 2.0
-# A gain in reward below this share of the greatest possible one changes nothing.
+# A gain in reward of at most this share of the greatest possible gain changes nothing.
 UNCHANGED = 0.05
 
 
 class Diagnostics(NamedTuple):
-    """What β does to the candidates of each prompt: [P] each."""
+    """What β does to the n candidates of each prompt; every field is [P]."""
 
     has_best: Bools
-    """A candidate with the largest reward is among the accepted."""
+    """A candidate with the largest reward is accepted."""
     reward_gain: Floats
-    """Mean reward of the accepted less that of all candidates, nats; 0 without accepted ones."""
+    """Mean reward of accepted candidates minus that of all, nats; 0 if none is accepted."""
     reward_spread: Floats
-    """Standard deviation of the rewards of all candidates, nats."""
+    """Population standard deviation of the rewards of all candidates, nats."""
     expected_acceptance: Floats
-    """Theorem 1's acceptance rate of a draw from the reference policy, with the sample maximum."""
+    """Acceptance rate of a draw from π_sft (theorem 1); the maximum is that of the candidates."""
     effective_samples: Floats
-    """Kish's effective number of candidates weighted exp(reward / β), from 1 to n."""
+    """Kish's effective number of candidates with weights exp(reward / β), from 1 to n."""
     kl: Floats
     """KL(π_r || π_sft) in nats, estimated over the candidates with these weights; at most ln n."""
 
 
 def diagnose(candidates: Candidates, selections: Selections, beta: float) -> Diagnostics:
-    """What algorithm 1 at `beta` made of each prompt; every prompt has a candidate."""
+    """The `Diagnostics` of `selections`, which algorithm 1 made of `candidates` at `beta`.
+
+    Every prompt must have at least one candidate.
+    """
     sizes, rewards = candidates.sizes, candidates.rewards
     starts = np.cumsum(sizes) - sizes
     is_accepted = selections.is_accepted
@@ -73,7 +76,8 @@ def diagnose(candidates: Candidates, selections: Selections, beta: float) -> Dia
 def spreads(rewards: Floats, sizes: Indices) -> Floats:
     """Population standard deviation of the rewards of each prompt, [P], nats.
 
-    `rewards` are [N], prompt after prompt; `sizes` [P] count the candidates of each, at least one.
+    `rewards` are [N], prompt after prompt. `sizes` [P] count the candidates of each prompt, at
+    least one.
     """
     starts = np.cumsum(sizes) - sizes
     mean = np.add.reduceat(rewards, starts) / sizes
@@ -83,7 +87,7 @@ def spreads(rewards: Floats, sizes: Indices) -> Floats:
 
 
 def effective_sample_sizes(rewards: Floats, sizes: Indices, beta: float) -> Floats:
-    """`effective_sample_size` of each prompt, [P]; `rewards` and `sizes` are those of `spreads`."""
+    """`effective_sample_size` of each prompt, [P]; `rewards` and `sizes` are as in `spreads`."""
     starts = np.cumsum(sizes) - sizes
     largest = np.repeat(np.maximum.reduceat(rewards, starts), sizes)
     weights = acceptance_probabilities(rewards, beta, largest)
@@ -92,19 +96,21 @@ def effective_sample_sizes(rewards: Floats, sizes: Indices, beta: float) -> Floa
 
 
 def effective_sample_size(rewards: Rewards, beta: float) -> float:
-    """Kish's effective number (sum w)² / sum w² of n candidates weighted w = exp(reward / β).
+    """Kish's effective number (sum w)² / sum w² of n candidates with weights w = exp(reward / β).
 
-    Between 1 and n: how many samples of π_r (eq. 4) the candidates of one prompt are worth.
+    The number is between 1 and n, or 0 without candidates. It says how many samples of π_r (eq. 4)
+    the candidates of one prompt are worth.
     """
     weights = acceptance_probabilities(rewards, beta)
     return float(weights.sum() ** 2 / (weights**2).sum()) if weights.size else 0.0
 
 
 def beta_for_effective_samples(rewards: Floats, sizes: Indices, effective: float) -> float:
-    """The β at which the mean over prompts of `effective_sample_sizes` is `effective`, nats.
+    """The β, nats, at which the mean of `effective_sample_sizes` over prompts is `effective`.
 
-    `rewards` and `sizes` are those of `spreads`. The mean rises with β, from the number of best
-    candidates to that of all candidates. Below that range the answer is 0, above it inf.
+    `rewards` and `sizes` are as in `spreads`. The mean rises with β, from the mean number of best
+    candidates to the mean number of all candidates. The result is 0 if `effective` is at or below
+    this range or if there are no prompts, and inf if it is at or above the range.
     """
 
     def mean(beta: float) -> float:
@@ -116,7 +122,8 @@ def beta_for_effective_samples(rewards: Floats, sizes: Indices, effective: float
         return math.inf
     starts = np.cumsum(sizes) - sizes
     gaps = np.maximum.reduceat(rewards, starts) - np.minimum.reduceat(rewards, starts)
-    # Powers of two times the largest gap: at the ends all weights are equal, or all but the best 0.
+    # Bisect over β = 2^x times the largest gap. At the lower end only the best candidates have
+    # weight; at the upper end all weights are equal.
     unit, low, high = float(gaps.max()), -60.0, 60.0
     for _ in range(32):
         middle = (low + high) / 2
@@ -128,12 +135,12 @@ def beta_for_effective_samples(rewards: Floats, sizes: Indices, effective: float
 
 
 def wanted_effective_samples(num_samples: int) -> float:
-    """How many effective samples β should leave, so that `num_samples` can be accepted of them."""
+    """How many effective samples β should leave: `num_samples`, but at least 2."""
     return max(FEWEST, float(num_samples))
 
 
 def sums(candidates: Candidates, selections: Selections, figures: Diagnostics) -> Point:
-    """Return counts and sums over prompts; passes are numbered from 1 in their names."""
+    """Return counts, and sums over prompts; passes are numbered from 1 in the names."""
     total: Point = {
         "prompts": len(candidates.sizes),
         "candidates": int(candidates.sizes.sum()),
@@ -147,7 +154,8 @@ def sums(candidates: Candidates, selections: Selections, figures: Diagnostics) -
     for name in Diagnostics._fields[1:]:
         total[f"{name}_sum"] = float(getattr(figures, name).sum())
     accepted = np.bincount(selections.round[selections.is_accepted])
-    # Every pass that is made accepts: the largest reward has probability one.
+    # Every pass accepts a candidate, because the largest reward has probability one. So `accepted`
+    # has an entry for every pass with draws.
     for number, (hits, draws) in enumerate(zip(accepted, selections.draws_by_round, strict=False)):
         total[f"accepted_round_{number + 1}"] = int(hits)
         total[f"draws_round_{number + 1}"] = int(draws)
@@ -155,10 +163,14 @@ def sums(candidates: Candidates, selections: Selections, figures: Diagnostics) -
 
 
 def curve(totals: Mapping[float, Mapping[str, float]]) -> list[Point]:
-    """Return the figures of each β, ascending, from its `sums`; β = 0 has to be among them.
+    """Return the figures of each β, ascending, from the `sums` of each β; β = 0 must be among them.
 
-    Rates are accepted ones by draws, means are over prompts, rewards and KL in nats; `strength` is
-    the gain in reward as a share of that of the best candidates (β = 0).
+    Acceptance rates are accepted candidates divided by draws. `shortfall` is a sum. All other
+    figures are means over prompts, rewards and KL in nats. `strength` is the gain in reward divided
+    by the gain at β = 0, which takes the best candidates.
+
+    Raises:
+        KeyError: β = 0 is missing.
     """
     most = totals[0.0]["reward_gain_sum"]
     points = []
@@ -192,11 +204,11 @@ def advice(
     beta_unit: str,
     num_samples: int,
 ) -> list[str]:
-    """Return what is wrong with this sampling, and what to change; empty where nothing is.
+    """Return sentences: what is wrong with this sampling, and what to change; [] if nothing is.
 
-    `beta`, `beta_unit` and `num_samples` are the settings. `counters` are the `sums` at that β with
-    `beta_nats`, `reward_spread_median` (nats) and `beta_advised_nats`, the β that leaves
-    `wanted_effective_samples`. `points` are the `curve` with that β.
+    `beta`, `beta_unit` and `num_samples` are the settings. `counters` are the `sums` at this β, and
+    three more: `beta_nats`, `reward_spread_median` (nats), and `beta_advised_nats`, the β that
+    leaves `wanted_effective_samples`. `points` are a `curve` that contains this β.
     """
     (point,) = (found for found in points if found["beta"] == counters["beta_nats"])
     is_nats = beta_unit == "nats"

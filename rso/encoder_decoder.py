@@ -1,8 +1,8 @@
 """Encoder-decoder models (T5) on shared-prefix rows: a prefix is encoded once for all its branches.
 
-The model's own encoder and decoder run unchanged. Positions are relative to one another within a
-sequence, so every branch is a decoder sequence of its own, which begins with the decoder's start
-token and reads its row's encoder states.
+The model's own encoder and decoder run unchanged. Positions are relative within a sequence, so
+every branch is a decoder sequence of its own. It begins with the decoder's start token, and attends
+to the encoder states of its row.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from rso.prefix import Batch
 
 
 class Encoded(NamedTuple):
-    """Encoder states [N, P, H] and the mask [N, P] that is true where they are no padding."""
+    """Encoder states [N, P, H], and their mask [N, P], which is false at padding."""
 
     states: Tensor
     mask: Tensor
@@ -26,8 +26,8 @@ class Encoded(NamedTuple):
 def response_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return [tokens, H]: the decoder's states that predict the tokens of all branches, in order.
 
-    Every prefix is encoded once. Encoder and decoder run on as many sequences at a time as have,
-    padded, no more tokens than the batch.
+    Every prefix is encoded once. The sequences of one encoder or decoder call have, with their
+    padding, at most as many tokens as the batch.
     """
     prefixes, branches = batch.layout.prefixes, batch.layout.branches
     states: dict[Span, Tensor] = {}
@@ -36,7 +36,8 @@ def response_states(model: PreTrainedModel, batch: Batch) -> Tensor:
         spans = [(place, span) for place, row in enumerate(rows) for span in branches[row]]
         for chosen in _plan([[span] for _, span in spans], _size(batch)):
             own, parts = zip(*(spans[i] for i in chosen), strict=True)
-            # The start token predicts the first; what pads a shorter branch is seen by none.
+            # The start token predicts the first token. The decoder is causal, so no token attends
+            # to the padding after it.
             ids, _ = _padded(batch, [[(start, end - 1)] for start, end in parts])
             ids = torch.cat([_start_tokens(model, ids), ids], dim=1)
             index = torch.tensor(own, device=ids.device)
@@ -49,8 +50,8 @@ def response_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 def label_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return [branches, H]: the decoder's first state after the encoder read prefix and branch.
 
-    The encoder attends both ways, so the prefix is encoded anew with every branch, as many
-    branches at a time as have, padded, no more tokens than the batch.
+    The encoder attends in both directions, so the prefix is encoded again with every branch. The
+    sequences of one call have, with their padding, at most as many tokens as the batch.
     """
     inputs = [
         [prefix, span]
@@ -70,9 +71,9 @@ def _size(batch: Batch) -> int:
 
 
 def _plan(sequences: Sequence[Sequence[Span]], most: int) -> list[list[int]]:
-    """Batches of indices, longest first, of at most `most` tokens each when padded.
+    """Return batches of indices, longest sequence first, each of at most `most` padded tokens.
 
-    A sequence longer than that is a batch of its own.
+    A sequence longer than `most` is a batch of its own.
     """
     sizes = [sum(end - start for start, end in spans) for spans in sequences]
     batches: list[list[int]] = []
@@ -87,7 +88,7 @@ def _plan(sequences: Sequence[Sequence[Span]], most: int) -> list[list[int]]:
 
 
 def _padded(batch: Batch, sequences: Sequence[Sequence[Span]]) -> tuple[Tensor, Tensor]:
-    """Each sequence's spans, joined, as ids [N, L], and a mask [N, L], false where they end."""
+    """Return the ids [N, L] of the joined spans of each sequence, and a mask, false at padding."""
     places = [[i for span in spans for i in range(*span)] for spans in sequences]
     length = max(map(len, places))
     device = batch.input_ids.device
@@ -98,7 +99,7 @@ def _padded(batch: Batch, sequences: Sequence[Sequence[Span]]) -> tuple[Tensor, 
 
 
 def _start_tokens(model: Any, rows: Tensor) -> Tensor:
-    """[N, 1], one for each of the N `rows`."""
+    """Return the decoder's start token for each of the N `rows`: int64 [N, 1]."""
     start = model.config.decoder_start_token_id
     return torch.full((len(rows), 1), start, device=rows.device)
 

@@ -1,6 +1,6 @@
 """Flash attention on a GPU over sequences that lie one after another, with its log-sum-exps.
 
-Those let two attentions over disjoint keys be merged, here and in `branch_attention`'s gradients.
+With the log-sum-exps, callers merge two attentions over disjoint keys, and compute the gradients.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Spans(NamedTuple):
-    """Consecutive sequences: where each begins and the last ends, int32 [n + 1]."""
+    """Consecutive sequences: the start of each and the end of the last, int32 [n + 1]."""
 
     starts: Tensor
     longest: int
@@ -24,7 +24,11 @@ class Spans(NamedTuple):
 
 
 def has_kernel(states: Tensor) -> bool:
-    """Return whether there is a kernel for such queries: half precision, on a recent GPU."""
+    """Return whether there is a kernel for such queries [..., size].
+
+    They lie on a GPU of compute capability 8.0 or more, in bfloat16 or float16, and their size is a
+    multiple of 8 and at most 256.
+    """
     return (
         states.device.type == "cuda"
         and states.dtype in (torch.bfloat16, torch.float16)
@@ -47,8 +51,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Return attention [query, head, size], and the log-sum-exp of its scores, fp32 [head, query].
 
-    Sequence i of the queries [query, head, size] sees sequence i of the keys, or the first
-    `num_used[i]` (int32) of them; consecutive query heads share a key head.
+    Takes queries [query, head, size], and keys and values [key, key head, size]. Sequence i of the
+    queries attends to sequence i of the keys, or to its first `num_used[i]` keys (int32).
+    Consecutive query heads share a key head.
     """
     out, total, *_ = torch.ops.aten._flash_attention_forward(
         query,
@@ -80,12 +85,12 @@ def gradients(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value.
+    """Return the gradients of query, key and value, in their shapes.
 
-    `out` and `total` may be those of an attention that saw other keys besides: they say what share
-    of the softmax these keys had.
+    Shapes are those of `attend`. `out` and `total` may come from an attention over these and other
+    keys: they say which share of the softmax these keys have.
     """
-    # without dropout nothing is read of the random state
+    # The kernel reads the random state only for dropout.
     state = torch.zeros(2, dtype=torch.uint64, device=query.device)
     unused = torch.empty(0, device=query.device)
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(

@@ -1,4 +1,4 @@
-"""Log-probs of responses under a model, by the code that training uses."""
+"""Log-probs of responses under a model, by the same code as in training."""
 
 from collections.abc import Sequence
 
@@ -18,11 +18,13 @@ def response_logps(
 ) -> list[list[float]]:
     """Return, for each row and branch, the log-prob of the branch given the prefix, in nats.
 
-    Sums over all ids of the branch, end-of-sequence included where it is among them; untempered.
-    The model is used as it is: put it in evaluation mode first. `progress` counts branches.
+    A log-prob is untempered and summed over all ids of the branch, with end-of-sequence if the
+    branch holds it. The caller puts the model in evaluation mode. `progress` counts branches. A row
+    without branches gives an empty list.
 
     Raises:
-        ValueError: a row is empty or longer than the model's context.
+        ValueError: a prefix or branch is empty; or, in a decoder-only model, a prefix with one
+            branch is longer than the model's context or sliding attention window.
     """
     parts = [
         (index, part) for index, row in enumerate(rows) for part in split_row(row, token_budget)

@@ -1,12 +1,13 @@
-"""The preference losses. Pure: log-probs in, one loss a pair out.
+"""The preference losses. Pure functions: log-probs in, one loss per pair out.
 
-Everywhere `*_logps` are [pair], nats, summed over the response's tokens, end of sequence included,
-and best given in float32 or wider: sums of hundreds of nats leave bfloat16 no decimals. `gamma` is
-the scale of the loss logit. Losses are [pair], not reduced, and fall as the margin of the chosen
-over the rejected response grows.
+In every function `*_logps` are [pair], in nats, summed over the tokens of the response, end of
+sequence included. Give them in float32 or wider: bfloat16 has no decimals left in a sum of hundreds
+of nats. `gamma` is the scale of the loss logit. A preference loss is [pair], not reduced. It never
+rises as the margin of the chosen over the rejected response grows.
 
-Names differ elsewhere: TRL's DPO `sigmoid` is `sigmoid_norm`, its DPO `hinge` is `hinge_norm`, and
-the `hinge` of its CPO trainer is `hinge`; TRL's own `sigmoid_norm` is another loss, on means.
+TRL has other names. The DPO trainer's `sigmoid` is `sigmoid_norm` here, and its `hinge` is
+`hinge_norm`. The CPO trainer's `hinge` is `hinge`. TRL's own `sigmoid_norm` is another loss, on
+means.
 """
 
 import torch
@@ -23,7 +24,7 @@ def sigmoid_norm(
 ) -> Tensor:
     """-log sigmoid(gamma * normalised margin) [pair], the DPO loss (eq. 8).
 
-    log 2 where the policy equals the reference.
+    It is log 2 where the policy equals the reference.
     """
     margin = _normalised_margin(
         policy_chosen_logps,
@@ -37,8 +38,8 @@ def sigmoid_norm(
 def hinge(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, gamma: float) -> Tensor:
     """max(0, 1 - gamma * margin) [pair], SLiC's loss without its regulariser (eq. 9).
 
-    It is gamma times the first term of eq. 1 at delta = 1 / gamma, so a regulariser of weight
-    lambda there has weight gamma * lambda beside this.
+    The loss is gamma times the first term of eq. 1 at delta = 1 / gamma. So a regulariser with
+    weight lambda in eq. 1 has weight gamma * lambda beside this loss.
     """
     return torch.relu(1 - gamma * (policy_chosen_logps - policy_rejected_logps))
 
@@ -52,7 +53,7 @@ def hinge_norm(
 ) -> Tensor:
     """max(0, 1 - gamma * normalised margin) [pair] (eq. 10).
 
-    1 where the policy equals the reference.
+    It is 1 where the policy equals the reference.
     """
     margin = _normalised_margin(
         policy_chosen_logps,
@@ -69,11 +70,11 @@ def rrhf(
     chosen_num_tokens: Tensor,
     rejected_num_tokens: Tensor,
 ) -> Tensor:
-    """max(0, mean log-prob of rejected - mean log-prob of chosen) [pair], nats a token.
+    """max(0, mean log-prob of rejected - mean log-prob of chosen) [pair], nats per token.
 
-    The ranking loss of RRHF (Yuan et al. 2023, eq. 2), which compares means over tokens
-    (`*_num_tokens` [pair]) and has neither margin nor scale nor reference policy. Its fine-tuning
-    term is `regulariser`.
+    This is the ranking loss of RRHF (Yuan et al. 2023, eq. 2). Means are over the tokens of a
+    response, which `*_num_tokens` [pair] count. The loss has no margin, scale or reference policy.
+    RRHF's fine-tuning term is `regulariser`.
     """
     return torch.relu(
         policy_rejected_logps / rejected_num_tokens - policy_chosen_logps / chosen_num_tokens
@@ -83,17 +84,18 @@ def rrhf(
 def regulariser(policy_target_logps: Tensor, strength: float) -> Tensor:
     """-strength * log pi(target) [pair], the second term of eq. 1.
 
-    `policy_target_logps` [pair] are of the fine-tuning target of each pair's prompt. Beside losses
-    that are scaled by gamma the strength is gamma * lambda.
+    `policy_target_logps` [pair] are the log-probs of the fine-tuning target of each pair's prompt.
+    Beside a loss that is scaled by gamma, `strength` must be gamma * lambda.
     """
     return -strength * policy_target_logps
 
 
 def soften(loss: Tensor, swapped_loss: Tensor, label_probability: Tensor) -> Tensor:
-    """The loss expected under a label that is right with `label_probability` [pair] only.
+    """The expected loss [pair] if each label is right with `label_probability` [pair].
 
-    `swapped_loss` is `loss` with the two responses exchanged. With probability 1 - epsilon for all
-    it is label smoothing (conservative DPO); with the ranker's own probability, soft labels.
+    `swapped_loss` [pair] is `loss` with the two responses exchanged. The same probability
+    1 - epsilon for all pairs is label smoothing (conservative DPO). The ranker's probabilities are
+    soft labels.
     """
     return label_probability * loss + (1 - label_probability) * swapped_loss
 

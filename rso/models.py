@@ -1,9 +1,9 @@
 """Model sources to models in memory, and back to directories that any loader opens.
 
 A source is `package:module/file.gguf`, a local path (a Hugging Face directory or a `.gguf` file),
-or a hub id `org/name@revision`. A directory may be one of PEFT adapters, which name their base: the
-two are one model. Its identity is its content, a SHA-256 or a hub commit, and never a
-path. Importing this module, `resolve` and `model_digest` load no torch: planning stays fast.
+or a hub id `org/name@revision`. A directory may hold PEFT adapters, which name their base; adapters
+and base are one model. The identity of a model is a SHA-256 of its content or a hub commit, never a
+path. Importing this module, `resolve` and `model_digest` load no torch, so that planning is fast.
 """
 
 import copy
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
     )
 
-# What a loader reads; optimiser states, logs and read-me files are not the model.
+# Files that a loader reads. Optimiser states, logs and read-me files are not part of the model.
 MODEL_SUFFIXES = (".json", ".safetensors", ".gguf", ".model", ".txt", ".jinja", ".bin")
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-# Written by loaders and trainers; they say nothing about what the model computes.
+# Loaders and trainers write these keys. They do not change what the model computes.
 VOLATILE_KEYS = (
     "transformers_version",
     "_name_or_path",
@@ -46,14 +46,14 @@ VOLATILE_KEYS = (
     "base_model_name_or_path",
     "peft_version",
 )
-# Those whose positions and projection `rso.encoder_decoder` and `rso.prefix` follow.
+# `rso.encoder_decoder` and `rso.prefix` follow the positions and the projection of these.
 ENCODER_DECODER_TYPES = ("mt5", "t5")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a config says a model is: `name` is a module, a path or a hub id."""
+    """The place of a model according to a config: `name` is a module, a path or a hub id."""
 
     kind: Literal["package", "path", "hub"]
     name: str
@@ -63,10 +63,10 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model on this machine: what it is (`identity`) and where (`location`, never identity).
+    """A model on this machine: the identity of its content, and its location.
 
-    `location` is a directory in Hugging Face format or a `.gguf` file. The identity of adapters has
-    that of their base in it.
+    `location` is a directory in Hugging Face format or a `.gguf` file. It is not part of the
+    identity. The identity of adapters includes the identity of their base.
     """
 
     identity: dict[str, str]
@@ -74,7 +74,7 @@ class ResolvedModel:
 
 
 def parse_source(text: str) -> ModelSource:
-    """Return the source that `text` names; what exists on disk is a path.
+    """Return the source that `text` names; a text that exists on disk is a path.
 
     Raises:
         UserError: the text is none of the three forms.
@@ -93,16 +93,17 @@ def parse_source(text: str) -> ModelSource:
 
 
 def resolve(source: str | ModelSource) -> ResolvedModel:
-    """Return where the model of `source` is on this machine, and its content identity.
+    """Return the location of the model of `source` on this machine, and its content identity.
 
     A hub model is downloaded unless the local hub cache holds it.
 
     Raises:
-        UserError: the package, file, directory or hub model is missing.
+        UserError: the source is none of the three forms; the package, file, directory or hub model
+            is missing; or adapters are not as `base_of` and `adapters.check_pinned` require.
     """
     location, parsed = _locate(source)
     if parsed.kind == "hub":
-        # The hub cache names a snapshot's directory by its commit.
+        # In the hub cache the directory of a snapshot has the commit as its name.
         identity = {"commit": location.name}
     elif location.is_file():
         identity = {"sha256": _file_digest(location)}
@@ -116,19 +117,23 @@ def resolve(source: str | ModelSource) -> ResolvedModel:
 
 
 def locate(source: str | ModelSource) -> str:
-    """Return where the model of `source` is on this machine, without reading its weights.
+    """Return the location of the model of `source` on this machine, without reading its weights.
+
+    A hub model is downloaded unless the local hub cache holds it.
 
     Raises:
-        UserError: as `resolve`.
+        UserError: the source is none of the three forms, or the package, file, directory or hub
+            model is missing.
     """
     return str(_locate(source)[0])
 
 
 def base_of(location: str | Path) -> str | None:
-    """Return where the base of a directory of adapters is, None for a whole model.
+    """Return the location of the base of a directory of adapters; None for a whole model.
 
     Raises:
-        UserError: the directory or its base is not as it should be.
+        UserError: the adapters are not LoRA, their weights are missing, or their base is not
+            named, is missing, or is the directory of the adapters.
     """
     if not adapters.is_adapter(location):
         return None
@@ -148,8 +153,11 @@ def base_of(location: str | Path) -> str | None:
 def load_config(location: str | Path) -> "PreTrainedConfig":
     """Return the configuration of the model at `location`: decoder-only or of the T5 family.
 
+    The configuration of adapters is that of their base.
+
     Raises:
-        UserError: there is none, or it is of another encoder-decoder architecture.
+        UserError: there is no config.json, the encoder-decoder architecture is not of the T5
+            family, it has no start token for the decoder, or `base_of` refuses the adapters.
     """
     from transformers import AutoConfig
 
@@ -177,16 +185,17 @@ def load_model(
     attention: str = "sdpa",
     quantise: bool = False,
 ) -> "PreTrainedModel":
-    """Return the language model at `location` in evaluation mode, dense, in `dtype` on `device`.
+    """Return the language model at `location` in evaluation mode, in `dtype` on `device`.
 
-    Device `auto` is cuda where there is one, of which each of several workers takes its own
-    (`rso.gpus`). Adapters are merged into their base, in float32. With `quantise` linear layers are
-    held in 4 bits (NF4), for training adapters.
+    Device `auto` is cuda where there is a GPU. Each of several workers takes a GPU of its own
+    (`rso.gpus`). Adapters are merged into their base in float32, and the result is cast. The
+    weights of a GGUF file are made dense. With `quantise`, linear layers are held in 4 bits (NF4),
+    for training adapters.
 
     Raises:
-        UserError: no model is there, it is one that `load_config` refuses, bitsandbytes is
-            missing, adapters do not fit their base or were to be quantised, or this worker has no
-            GPU to itself.
+        UserError: there is no language model, `load_config` refuses it, it does not support
+            `attention`, bitsandbytes is missing, adapters do not fit their base or `quantise` was
+            set for them, or no GPU is left for this worker.
     """
     import torch
     import transformers
@@ -203,7 +212,7 @@ def load_model(
                 "set it to none, or write the merged model with train_sft.skip and start from that."
             )
         target = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        # On the CPU, since a GPU with room for the model may have none for it in float32.
+        # Merge on the CPU: a GPU that holds the model in `dtype` may be too small for float32.
         whole: Any = load_model(base, dtype=torch.float32, attention=attention)
         merged: PreTrainedModel = adapters.merged(whole, location, target).to(device).eval()
         return merged
@@ -212,7 +221,7 @@ def load_model(
     options: dict[str, Any] = {"config": config}
     if gguf is not None:
         options["gguf_file"] = gguf
-        # Releases with packed GGUF weights must be told that training and saving need dense ones.
+        # Transformers with GgufConfig may keep GGUF weights packed; training and saving need dense.
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(
                 gguf_file=gguf, dequantize=True
@@ -225,14 +234,14 @@ def load_model(
         if is_encoder_decoder
         else transformers.AutoModelForCausalLM
     )
-    # Typed loosely: transformers wraps `to` and `eval` in ways that type checkers misread.
+    # `Any`: transformers wraps `to` and `eval` in ways that type checkers misread.
     try:
         with _quiet(), _gguf_parsed_once(gguf):
             model: Any = auto.from_pretrained(
                 directory, dtype=dtype, attn_implementation=attention, **options
             )
     except ValueError as error:
-        # no language model, or one whose attention is its own
+        # The model is not a language model, or it has its own attention.
         if not any(text in str(error) for text in ("configuration class", "attention impl")):
             raise
         raise UserError(
@@ -246,9 +255,9 @@ def load_model(
 
 
 def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer at `location`; without a pad token, end-of-sequence pads.
+    """Return the tokenizer at `location`; if it has no pad token, end-of-sequence is the pad token.
 
-    That of adapters is their base's unless they have their own.
+    Adapters without a tokenizer of their own have that of their base.
 
     Raises:
         UserError: there is no tokenizer, or it has no end-of-sequence token.
@@ -281,7 +290,10 @@ def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def load_generation_config(location: str | Path) -> "GenerationConfig":
-    """Return the generation config at `location`, or what the model's config implies."""
+    """Return the generation config at `location`; without one, that which the config implies.
+
+    The generation config of adapters is that of their base.
+    """
     from transformers import GenerationConfig
 
     base = base_of(location)
@@ -300,8 +312,8 @@ def stop_token_ids(
 ) -> list[int]:
     """Return the ids that end a response, ascending: the tokenizer's and the generation config's.
 
-    The two differ in chat models, where the end of a turn is not the end of a text. A response ends
-    at either.
+    The two differ in chat models: the end of a turn is not the end of a text. Either ends a
+    response.
     """
     found: set[int] = set()
     for holder in (generation_config, tokenizer):
@@ -312,12 +324,12 @@ def stop_token_ids(
 
 
 def context_length(config: "PreTrainedConfig") -> int:
-    """Return the longest sequence, in tokens, that the model was built for.
+    """Return the length of the longest sequence that the model was built for, in tokens.
 
-    Encoder-decoder models have relative positions, for which no sequence is too long.
+    It is `sys.maxsize` for encoder-decoder models: their relative positions set no limit.
 
     Raises:
-        UserError: the configuration does not say.
+        UserError: the configuration has no max_position_embeddings.
     """
     if config.is_encoder_decoder:
         return sys.maxsize
@@ -340,9 +352,9 @@ def save_model(
 ) -> None:
     """Write model, tokenizer, chat template and generation config into `directory`.
 
-    Weights (`state`, the model's own if None) are written in `dtype`, bfloat16 if None; the model
-    in memory keeps its own. The
-    generation config holds token ids alone: how to sample is a setting of the run.
+    The weights are those of `state`, or of the model if it is None. They are written in `dtype`, or
+    in bfloat16 if it is None. The weights in memory keep their type. The generation config holds
+    only token ids: sampling is a setting of the run.
     """
     import torch
     from transformers import GenerationConfig
@@ -357,7 +369,7 @@ def save_model(
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
     model.save_pretrained(directory, state_dict=_cast_state(state or model.state_dict(), target))
-    # save_pretrained writes the dtype in memory, and loaders go by what the config says.
+    # save_pretrained writes the dtype in memory to the config, and loaders believe the config.
     config = copy.deepcopy(model.config)
     config.dtype = target
     config.save_pretrained(directory)
@@ -365,13 +377,13 @@ def save_model(
 
 
 def model_digest(directory: str | Path) -> str:
-    """Return the SHA-256 of what is in a model directory: tensors by name, configs, tokenizer.
+    """Return the SHA-256 of the content of a model directory: tensors by name, configs, tokenizer.
 
-    That of adapters has the digest of their base in it. File layout (shards, key order, JSON
-    spacing) and library versions do not count.
+    The digest of adapters includes the digest of their base. File layout (shards, key order, JSON
+    spacing) and library versions do not change a digest.
 
     Raises:
-        UserError: the directory holds no safetensors.
+        UserError: the directory holds no safetensors, or `base_of` refuses the adapters.
     """
     directory = Path(directory)
     shards = sorted(directory.glob("*.safetensors"))
@@ -401,7 +413,7 @@ def model_digest(directory: str | Path) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the bars of loading, one a shard and one a tensor, out of the stages' own progress."""
+    """Hide the progress bars of loading, which would mix with the progress of a stage."""
     import transformers.modeling_gguf_pytorch_utils as gguf
     from tqdm import tqdm
     from transformers.utils import logging
@@ -419,10 +431,11 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _gguf_parsed_once(file: str | None) -> Iterator[None]:
-    """Let transformers do once what it does again for each part of a GGUF file.
+    """Let transformers parse a GGUF file once.
 
-    Config, weights and tokenizer each parse the whole file, and the weights look up the table of
-    names once for each module: 21 s of CPU time for a 135M model, 8 s in this way.
+    By itself transformers parses the whole file for the config, for the weights and for the
+    tokenizer, and looks up the table of names once per module. That takes 21 s of CPU time for a
+    135M model, and 8 s in this way.
     """
     if file is None:
         yield
@@ -448,7 +461,7 @@ def _parsed_gguf(path: str, _mtime: int, _size: int) -> Any:
     from gguf.gguf_reader import GGUFReader
 
     class Reader(GGUFReader):
-        """Slices an array for each name, which costs half of slicing numpy's memory map."""
+        """Keeps the data as a plain array: slicing one costs half of slicing a memory map."""
 
         @property
         def data(self) -> Any:
@@ -467,9 +480,9 @@ def _split(location: str | Path) -> tuple[Path, str | None]:
 
 
 def _locate(source: str | ModelSource) -> tuple[Path, ModelSource]:
-    """Return the directory or .gguf file of a source on this machine, and the source taken apart.
+    """Return the directory or .gguf file of a source on this machine, and the parsed source.
 
-    Nothing is read, so that a base is found without its gigabytes being hashed.
+    No weights are read: a base is found without hashing its gigabytes.
     """
     parsed = parse_source(source) if isinstance(source, str) else source
     if parsed.kind == "hub":
@@ -549,7 +562,7 @@ def _check_encoder_decoder(location: str | Path, config: "PreTrainedConfig") -> 
 
 
 def _clear_quantisation(model: "PreTrainedModel") -> None:
-    """Make a dequantised model an ordinary one; its marks make save_pretrained refuse."""
+    """Remove the marks of quantisation from a dequantised model: save_pretrained refuses them."""
     for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
         if hasattr(model, mark):
             delattr(model, mark)
@@ -560,7 +573,7 @@ def _clear_quantisation(model: "PreTrainedModel") -> None:
 def _cast_state(
     whole: "Mapping[str, torch.Tensor]", dtype: "torch.dtype"
 ) -> "dict[str, torch.Tensor]":
-    """Return the state in `dtype`; tied weights stay one tensor, or they would be saved twice."""
+    """Return the state in `dtype`; tied weights stay one tensor, so that they are saved once."""
     cast: dict[int, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
     for name, tensor in whole.items():
@@ -613,7 +626,7 @@ def _directory_digest(directory: Path) -> str:
         path for path in directory.iterdir() if path.is_file() and path.suffix in MODEL_SUFFIXES
     )
     entries = [
-        # It says where the base is, which is no part of what it is.
+        # This file says where the base is, and a place is not part of the identity.
         [path.name, _stable(json.loads(path.read_bytes()))]
         if path.name == adapters.CONFIG
         else [path.name, _file_digest(path)]

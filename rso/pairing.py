@@ -1,4 +1,4 @@
-"""Which responses of a prompt meet (section 5.2); who wins, the ranker says."""
+"""Which responses of a prompt are paired (section 5.2); the ranker decides which one wins."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from rso.rejection import Floats, Rewards, finite_rewards
 
 
 class Game(NamedTuple):
-    """Two samples of one prompt that the ranker is to compare."""
+    """Two samples of one prompt that the ranker compares."""
 
     first: int
     """Index into the k samples."""
@@ -18,28 +18,40 @@ class Game(NamedTuple):
 
 
 class Tournament:
-    """Rounds of games between k samples, asked for one at a time so that a ranker can batch them.
+    """Rounds of games between k samples of one prompt: k - 1 games in all.
 
-    k - 1 games. The rounds have k samples, then half as many rounded up, until one is left. In a
-    round of odd size the last sample has a bye: it goes on without a game and opens the next round,
-    so that nobody has two. A power of two has no byes, 5 has two (rounds of 5, 3 and 2), and one
-    sample alone has neither a game nor a bye. The draw is keyed by (seed, prompt_id) and belongs to
-    the ids.
+    The caller takes one round at a time, so that a ranker can batch the games of many prompts.
+
+    The first round has k samples. Each later round has half as many, rounded up, until one sample
+    is left. In a round of odd size the last sample has a bye: it goes on without a game and stands
+    first in the next round, so no sample has two byes. There are no byes if k is a power of two.
+    k = 5 has two byes (rounds of 5, 3 and 2). k = 1 has neither a game nor a bye.
+
+    The order of the samples is random. It depends on (seed, prompt_id) and the ids, not on the
+    order of the input.
     """
 
     def __init__(self, ids: Sequence[str], *, prompt_id: str, seed: int) -> None:
-        """Draw the bracket of the samples `ids`, which must be distinct."""
+        """Draw the order of the samples.
+
+        Raises:
+            ValueError: the ids are not distinct.
+        """
         self.num_byes = 0
-        """Byes in the rounds asked for so far."""
+        """Byes in the rounds that `next_round` has returned."""
         self._prompt_id = prompt_id
         self._standing = _keyed_order(ids, prompt_id, seed)
         self._games: list[Game] = []
         self._num_rounds = 0
 
     def next_round(self, winners: Sequence[int] | None = None) -> list[Game]:
-        """The next games, given the winner of each game of the last round; [] when one is left.
+        """The games of the next round; [] when at most one sample is left.
 
-        `winners` are indices into the samples, in the order of the games; None before round 0.
+        `winners` are the winners of the round before: indices into the samples, in the order of its
+        games. Give None for the first round.
+
+        Raises:
+            ValueError: there is not one winner for each game, or a winner did not play the game.
         """
         if self._games or winners:
             self._advance(winners or [])
@@ -51,7 +63,7 @@ class Tournament:
 
     @property
     def standing(self) -> list[int]:
-        """The samples that have not lost, in the order in which they meet."""
+        """Indices of the samples that have not lost; neighbours play, two by two."""
         return list(self._standing)
 
     def _advance(self, winners: Sequence[int]) -> None:
@@ -69,10 +81,13 @@ class Tournament:
 
 
 def first_round(ids: Sequence[str], *, prompt_id: str, seed: int) -> list[Game]:
-    """k // 2 games between the k samples in keyed random order; for odd k the last has a bye.
+    """k // 2 games between k samples in keyed random order (`first-round-rank`).
 
-    `first-round-rank`: who has the bye is in no pair. The draw belongs to the ids: the order of the
-    input does not matter.
+    For odd k the last sample has a bye and is in no pair. The order depends on the ids, not on the
+    order of the input.
+
+    Raises:
+        ValueError: the ids are not distinct.
     """
     return Tournament(ids, prompt_id=prompt_id, seed=seed).next_round()
 
@@ -82,7 +97,10 @@ def tournament(
 ) -> list[Game]:
     """All k - 1 games of `tournament-rank`, each with its winner as `first`.
 
-    `better(i, j)` says whether sample i is preferred over sample j. Byes as in `Tournament`.
+    `better(i, j)` says whether sample i is preferred over sample j. Byes are as in `Tournament`.
+
+    Raises:
+        ValueError: the ids are not distinct.
     """
     bracket = Tournament(ids, prompt_id=prompt_id, seed=seed)
     decided: list[Game] = []
@@ -97,10 +115,14 @@ def tournament(
 def best_vs_worst(
     ids: Sequence[str], texts: Sequence[str], rewards: Rewards, *, prompt_id: str
 ) -> list[Game]:
-    """One game of the sample with the highest reward, as `first`, against that with the lowest.
+    """One game: the sample with the highest reward, as `first`, against that with the lowest.
 
-    Among equal rewards the smallest id. The second has another text than the first; [] where there
-    is none. No byes: the other k - 2 samples are in no pair. Raises NonFiniteReward.
+    Among equal rewards the sample with the smallest id is taken. The second sample is one with
+    another text than the first; if there is none, the result is []. The other k - 2 samples are in
+    no pair.
+
+    Raises:
+        NonFiniteReward: a reward is NaN or infinite.
     """
     values = finite_rewards(rewards, f"prompt {prompt_id}", ids)
     best, others = _best_and_others(ids, texts, values)
@@ -112,11 +134,16 @@ def best_vs_worst(
 def best_vs_random(
     ids: Sequence[str], texts: Sequence[str], rewards: Rewards, *, prompt_id: str, seed: int
 ) -> list[Game]:
-    """One game of the sample with the highest reward, as `first`, against another drawn by key.
+    """One game: the sample with the highest reward, as `first`, against one drawn by key.
 
-    Among equal rewards the smallest id is the best. The other is drawn among the samples with
-    another text than the best, each as likely, so copies of a text count as often as they were
-    sampled; [] where there is none. The draw belongs to the ids. Raises NonFiniteReward.
+    Among equal rewards the sample with the smallest id is the best. The second sample is drawn from
+    those with another text than the best; if there is none, the result is []. Each of them is
+    equally likely, so a text with three copies is three times as likely. The draw depends on the
+    ids, not on the order of the input.
+
+    Raises:
+        NonFiniteReward: a reward is NaN or infinite.
+        ValueError: the ids are not distinct.
     """
     values = finite_rewards(rewards, f"prompt {prompt_id}", ids)
     best, others = _best_and_others(ids, texts, values)
@@ -127,7 +154,7 @@ def best_vs_random(
 def _best_and_others(
     ids: Sequence[str], texts: Sequence[str], values: Floats
 ) -> tuple[int, set[int]]:
-    """The best sample, -1 of none, and the samples whose text is not its."""
+    """The best sample (-1 if there are no samples), and the samples with another text."""
     best = min(range(len(ids)), key=lambda index: (-values[index], ids[index]), default=-1)
     return best, {index for index, text in enumerate(texts) if text != texts[best]}
 

@@ -1,9 +1,9 @@
 """Shared-prefix rows: one prompt and its responses in one sequence.
 
-A row is `prefix + branch + branch + …`. Every branch attends to the prefix and to itself, with
-position ids that go on from the prefix, so each branch is computed as if it followed the prefix
-alone, and the prefix is computed once. A batch is rows one after another, without padding.
-How encoder-decoder models compute the same is in `encoder_decoder`.
+A row is `prefix + branch + branch + …`. Every branch attends to the prefix and to itself. Its
+position ids continue those of the prefix. So each branch is computed as if only the prefix stood
+before it, and the prefix is computed once. A batch is rows one after another, without padding.
+`encoder_decoder` computes the same with encoder-decoder models.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ class Row:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the row, without padding."""
+        """The number of tokens of the row."""
         return len(self.prefix) + sum(map(len, self.branches))
 
 
@@ -38,8 +38,8 @@ class Row:
 class Batch:
     """Rows packed into one sequence of `T` tokens, without padding.
 
-    `input_ids` and `position_ids` are int64 [1, T]; `layout` says where each row's prefix and
-    branches lie.
+    `input_ids` and `position_ids` are int64 [1, T]. `layout` holds the spans of each row's prefix
+    and branches.
     """
 
     input_ids: Tensor
@@ -48,12 +48,12 @@ class Batch:
 
     @property
     def num_branches(self) -> int:
-        """Branches of all rows."""
+        """The number of branches of all rows."""
         return sum(map(len, self.layout.branches))
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of the longest prefix with one branch: what the model sees as one sequence."""
+        """The largest number of tokens of a prefix and one branch: one sequence for the model."""
         return int(self.position_ids.max()) + 1
 
 
@@ -87,10 +87,10 @@ def collate(rows: Sequence[Row], *, device: torch.device | str = "cpu") -> Batch
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Return batches of indices, longest first, whose tokens stay within the budget.
+    """Return batches of indices, longest row first, each within the budget of tokens.
 
-    A row longer than the budget is a batch of its own. Every index occurs once; equal lengths keep
-    their order.
+    A row longer than the budget is a batch of its own. Every index occurs once. Rows of equal
+    length keep their order.
     """
     batches: list[list[int]] = []
     room = 0
@@ -106,7 +106,8 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 def split_row(row: Row, max_tokens: int) -> list[Row]:
     """Return rows with the same prefix and all branches in order, each row within `max_tokens`.
 
-    A branch that does not fit beside the prefix gets a row of its own.
+    A branch that does not fit beside the prefix gets a row of its own, which is longer than
+    `max_tokens`.
     """
     rows: list[Row] = []
     for branch in row.branches:
@@ -118,7 +119,7 @@ def split_row(row: Row, max_tokens: int) -> list[Row]:
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return a decoder-only model's last hidden states [T, H] in its dtype, without any logits.
+    """Return a decoder-only model's last hidden states [T, H] in its dtype; compute no logits.
 
     Raises:
         ValueError: a sequence is longer than the model's context or sliding attention window.
@@ -137,9 +138,12 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 def branch_token_logps(model: PreTrainedModel, batch: Batch) -> list[list[Tensor]]:
     """Return, for each row and branch, the log-probs of its tokens: fp32 [tokens], nats.
 
-    The first token is predicted at the last position of the prefix, or, with an encoder, at the
-    decoder's start token. Differentiable; logits exist only at positions that predict a branch
-    token, a block at a time.
+    The first token of a branch is predicted at the last position of the prefix. In an
+    encoder-decoder model it is predicted at the decoder's start token. Differentiable. Logits are
+    computed only at positions that predict a branch token, one block at a time.
+
+    Raises:
+        ValueError: as `hidden_states`, for decoder-only models.
     """
     device = batch.input_ids.device
     source: list[int] = []
@@ -162,7 +166,11 @@ def branch_token_logps(model: PreTrainedModel, batch: Batch) -> list[list[Tensor
 
 
 def branch_logps(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
-    """Return, for each row, the summed log-probs of its branches: fp32 [branches], nats."""
+    """Return, for each row, the summed log-probs of its branches: fp32 [branches], nats.
+
+    Raises:
+        ValueError: as `branch_token_logps`.
+    """
     return [
         torch.stack([token_logps.sum() for token_logps in row])
         for row in branch_token_logps(model, batch)
@@ -172,9 +180,12 @@ def branch_logps(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
 def last_logits(model: PreTrainedModel, batch: Batch, token_ids: Sequence[int]) -> Tensor:
     """Return fp32 [branches, tokens]: logits of `token_ids` after the last token of each branch.
 
-    With an encoder, which reads prefix and branch, they are those of the decoder's first token.
-    Branches come in order, row by row. Only these tokens are projected, in fp32: the difference of
-    two bf16 logits would be a multiple of 0.06 or more. Differentiable.
+    In an encoder-decoder model the encoder reads prefix and branch, and the logits are those of the
+    decoder's first token. Branches come in order, row by row. Only `token_ids` are projected, in
+    fp32: the difference of two bf16 logits would be a multiple of 0.06 or more. Differentiable.
+
+    Raises:
+        ValueError: as `hidden_states`, for decoder-only models.
     """
     device = batch.input_ids.device
     if model.config.is_encoder_decoder:
@@ -206,10 +217,10 @@ def _check_row(index: int, row: Row) -> None:
 
 
 def _attention_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """What tells the model's attention who sees whom."""
+    """Return the model's inputs that say which tokens attend to which."""
     kind = model.config._attn_implementation
     if kind == ATTENTION:
-        # The mask has four axes, so that the model leaves it alone, and is never read.
+        # This attention never reads the mask. With four axes it passes through the model unchanged.
         return {"attention_mask": batch.position_ids[None, None], "branches": batch.layout}
     is_seen = batch.layout.is_seen[None, None]
     if kind == "sdpa":
@@ -261,7 +272,7 @@ def _apply_blocks(
 ) -> Iterator[Tensor]:
     for part, chosen in zip(torch.split(hidden, size), torch.split(tokens, size), strict=True):
         if torch.is_grad_enabled():
-            # Recomputed in the backward pass, or every block of logits would be kept for it.
+            # The backward pass computes each block of logits again, so that none is kept for it.
             yield checkpoint(block, part, chosen, use_reentrant=False)
         else:
             yield block(part, chosen)
@@ -271,7 +282,7 @@ def _final_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
     """Apply what some architectures do to their logits after the projection."""
     config = model.config
     if getattr(config, "scale_decoder_outputs", False):
-        # T5 scales the states before a projection without bias, which is the same but for rounding.
+        # T5 scales the states before its projection. Without a bias only the rounding differs.
         logits = logits * config.d_model**-0.5
     scale = getattr(config, "logit_scale", None)
     if isinstance(scale, int | float):

@@ -1,8 +1,9 @@
 """Statistical rejection sampling (algorithm 1): from candidates of π_sft to samples of π_r (eq. 4).
 
-Where the paper's listing leaves a choice open: candidates are walked in a keyed random order, the
-copies of a text keep their proposal mass and are retired together (`duplicates="keep"`), too few
-distinct candidates are all accepted and the shortfall is counted, and rewards must be finite.
+The paper's listing leaves some choices open. Candidates are taken in a keyed random order. By
+default (`duplicates="keep"`) every copy of a text has its own draw, so that the copies keep their
+share of the proposals; when one copy is accepted, all copies leave play. If there are too few
+distinct candidates, all of them are accepted and the shortfall is counted. Rewards must be finite.
 """
 
 import json
@@ -24,42 +25,53 @@ Indices = npt.NDArray[np.intp]
 Bools = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int64]
 
-# Candidates walked at once: the arrays of a step fit a core's cache.
+# Candidates per block of prompts: the arrays of a pass over one block fit the cache of a core.
 _BLOCK = 1 << 16
 
-# The lowest bits of a key are a column, the other 40 random.
+# The lowest 24 bits of a key are the candidate's column. The other 40 bits are random. `_NEVER`
+# sorts last; it replaces the keys of candidates that cannot be accepted in a pass.
 _COLUMN_BITS = 24
 _COLUMN = np.uint64(2**_COLUMN_BITS - 1)
 _NEVER = np.uint64(2**64 - 1)
 
-# Positions: not accepted, and a copy of what was, out of play.
+# Two values of `position`: not accepted; and out of play, as a copy of an accepted text.
 _DECLINED, _RETIRED = -1, -2
 
 
 class NonFiniteReward(UserError):
-    """A reward is NaN or infinite. NaN compares false, so the listing would accept it silently."""
+    """A reward is NaN or infinite.
+
+    Comparisons with NaN are false, so the paper's listing would accept such a candidate silently.
+    """
 
 
 class Selection(NamedTuple):
     """What algorithm 1 did with each of the n candidates of one prompt, in their given order."""
 
     is_accepted: npt.NDArray[np.bool_]
-    """[n]: accepted itself; the other copies of an accepted text are not."""
+    """[n]: the candidate itself is accepted. The other copies of an accepted text are declined."""
     round: npt.NDArray[np.int32]
     """[n]: the pass that accepted the candidate, from 0; -1 if declined."""
     position: npt.NDArray[np.int32]
     """[n]: the place in the order of acceptance, from 0; -1 if declined."""
     acceptance_probability: Floats
-    """[n]: exp((reward - max_reward) / beta) in the last pass that had the candidate in play."""
+    """[n]: exp((reward - max_reward) / beta) in the last pass that had the candidate in play.
+
+    `max_reward` is the largest reward in play in that pass.
+    """
     num_rounds: int
+    """Passes made."""
     num_draws: int
-    """Uniforms compared; a copy retired earlier in the same pass makes no draw."""
+    """Uniforms compared. A copy of a text has no draw after the text is accepted."""
     num_shortfall: int
-    """How many of `num_samples` were not to be had because the distinct candidates ran out."""
+    """How many of `num_samples` are missing because there were too few distinct candidates."""
 
 
 class Selections(NamedTuple):
-    """The same of P prompts: [N] for the candidates in their given order, [P] for the prompts."""
+    """The fields of `Selection` for P prompts with N candidates in all.
+
+    Arrays over candidates are [N], in the given order. Arrays over prompts are [P].
+    """
 
     is_accepted: Bools
     round: npt.NDArray[np.int32]
@@ -69,7 +81,7 @@ class Selections(NamedTuple):
     num_draws: Counts
     num_shortfall: Counts
     draws_by_round: Counts
-    """[rounds]: the draws of each pass, of all prompts."""
+    """[rounds]: the draws of each pass, summed over prompts."""
 
 
 def rejection_sample(
@@ -84,10 +96,14 @@ def rejection_sample(
 ) -> list[int]:
     """Indices of the accepted candidates of one prompt, in order of acceptance (algorithm 1).
 
-    At most `num_samples`, fewer when there are fewer distinct texts. beta = 0 takes the top k,
-    beta = inf a uniform subset. With `ids` the draws belong to the ids, and the order of the input
-    does not matter; without, they belong to (text, how often it came before).
-    Raises NonFiniteReward, and ValueError for arguments that do not fit together.
+    There are `num_samples` indices, or fewer if there are fewer distinct texts. beta = 0 takes the
+    best candidates, beta = inf a uniform subset. The draws depend on `ids`, so that the order of
+    the input does not matter. Without `ids` the draws of a candidate depend on its text and on how
+    many copies of the text stand before it.
+
+    Raises:
+        NonFiniteReward: a reward is NaN or infinite.
+        ValueError: lengths differ, ids are not distinct, or a setting is out of range.
     """
     selection = select(
         _occurrence_ids(texts) if ids is None else ids,
@@ -106,14 +122,14 @@ def rejection_sample(
 class Candidates(NamedTuple):
     """The candidates of P prompts, prompt after prompt, N in all.
 
-    Within a prompt they come in ascending order of their ids, so that `collapse` lets the copy with
-    the smallest id stand for a text.
+    The candidates of a prompt are in ascending order of their ids. `collapse` uses the first copy
+    of each text, which is then the copy with the smallest id.
     """
 
     sizes: Indices
-    """[P]: candidates of each prompt."""
+    """[P]: the number of candidates of each prompt."""
     states: seeds.UInt64s
-    """[N]: `states_of` their ids, which order the walk and give its draws."""
+    """[N]: the result of `states_of`, which determines the order and the draws."""
     texts: Indices
     """[N]: numbers from 0, equal for equal texts of one prompt."""
     rewards: Floats
@@ -131,11 +147,15 @@ def select(
     seed: int,
     duplicates: Duplicates = "keep",
 ) -> Selection:
-    """Algorithm 1 on the candidates of `prompt_id`, with everything worth recording about it.
+    """The `Selection` of algorithm 1 from the candidates of one prompt.
 
-    `ids`, `texts` and `rewards` are [n]; the draws are keyed by (seed, prompt_id, id, pass).
-    With `duplicates="collapse"` the copy with the smallest id stands for a text, with its reward.
-    Raises NonFiniteReward, and ValueError for arguments that do not fit together.
+    `ids`, `texts` and `rewards` are [n]. The draws are keyed by (seed, prompt_id, id, pass). With
+    `duplicates="collapse"` only the copy of a text with the smallest id takes part, with its own
+    reward.
+
+    Raises:
+        NonFiniteReward: a reward is NaN or infinite.
+        ValueError: lengths differ, ids are not distinct, or a setting is out of range.
     """
     where = f"prompt {prompt_id}" if prompt_id else "rejection_sample"
     values = _checked_rewards(where, ids, texts, rewards)
@@ -172,10 +192,11 @@ def select(
 def states_of(
     prompt_hashes: seeds.UInt64s, sizes: Indices, id_hashes: seeds.UInt64s, seed: int
 ) -> seeds.UInt64s:
-    """uint64 [N]: what orders the walk and gives its draws, a function of (seed, prompt, id).
+    """uint64 [N]: one state per candidate, which depends on (seed, prompt, id) only.
 
-    From `seeds.hashes` of the P prompts and of their N candidates, `sizes` of each prompt. The top
-    40 bits put a candidate in its place; `seeds.uniforms_at` makes its draw in each pass.
+    `prompt_hashes` [P] and `id_hashes` [N] are `seeds.hashes` of the ids of prompts and candidates.
+    `sizes` [P] count the candidates of each prompt. The top 40 bits of a state determine the
+    candidate's place in the order. `seeds.uniforms_at` makes its draw in each pass from the state.
     """
     return seeds.bases_of(np.repeat(prompt_hashes, sizes), id_hashes, "rejection", seed)
 
@@ -187,11 +208,13 @@ def select_many(
     num_samples: int,
     duplicates: Duplicates = "keep",
 ) -> Selections:
-    """Algorithm 1 on the candidates of many prompts at once, each prompt as by `select`.
+    """The `Selections` of algorithm 1 from the candidates of many prompts.
 
-    The fields of a candidate are [N] in the order given, those of a prompt [P]. Prompts are walked
-    side by side in blocks, so that memory beyond the result stays bounded.
-    Raises ValueError for settings out of range; rewards are taken to be finite.
+    Each prompt has the result that `select` gives it. Prompts are processed in blocks, which bounds
+    the arrays of a pass. Rewards must be finite; this is not checked.
+
+    Raises:
+        ValueError: a setting is out of range.
     """
     _check_settings("select", beta, num_samples, duplicates)
     walk = _walked if duplicates == "keep" else _collapsed
@@ -203,13 +226,13 @@ def acceptance_probabilities(
 ) -> Floats:
     """float64 [...]: exp((reward - largest) / beta), exactly 1 at the largest (theorem 1).
 
-    `largest` broadcasts; it is the largest of `rewards` if not given. A reward of -inf has
-    probability 0. The limits at the ends: the indicator of the largest at beta = 0, one for all
-    finite rewards at beta = inf.
+    `largest` broadcasts. By default it is the largest of all `rewards`. A reward of -inf has
+    probability 0. At beta = 0 the probability is 1 for the largest reward and 0 for all others. At
+    beta = inf it is 1 for every finite reward.
     """
     values = np.asarray(rewards, dtype=np.float64)
     top = values.max(initial=-np.inf) if largest is None else largest
-    # Gaps between extreme rewards overflow to -inf, which is the right probability of zero.
+    # Gaps between extreme rewards overflow to -inf, which gives the right probability of zero.
     with np.errstate(over="ignore"):
         if beta == 0:
             return np.where(values == top, 1.0, 0.0)
@@ -220,7 +243,11 @@ def acceptance_probabilities(
 
 
 def finite_rewards(rewards: Rewards, where: str, ids: Sequence[str] | None = None) -> Floats:
-    """The rewards as float64 [n]; raises NonFiniteReward that names `where` and the candidate."""
+    """The rewards as float64 [n].
+
+    Raises:
+        NonFiniteReward: a reward is NaN or infinite. The message names `where` and the candidate.
+    """
     values = np.asarray(rewards, dtype=np.float64)
     for index in np.flatnonzero(~np.isfinite(values)):
         name = f"{index}" if ids is None else f"{ids[index]} (index {index})"
@@ -232,7 +259,7 @@ def finite_rewards(rewards: Rewards, where: str, ids: Sequence[str] | None = Non
 
 
 def _walked(given: Candidates, beta: float, num_samples: int) -> Selections:
-    """Walk prompts of one size side by side, those that may have copies apart from the others."""
+    """Sample prompts of one size together; prompts that may have copies are processed apart."""
     result = _nothing_accepted(given, num_samples)
     starts = np.cumsum(given.sizes) - given.sizes
     may_have_copies = _may_have_copies(given.texts, starts)
@@ -263,7 +290,10 @@ def _nothing_accepted(candidates: Candidates, num_samples: int) -> Selections:
 
 
 def _may_have_copies(texts: Indices, starts: Indices) -> Bools:
-    """[prompts]: whether texts may repeat; numbered as they first appear, they rise if none do."""
+    """[prompts]: whether texts may repeat: their numbers do not strictly rise.
+
+    Numbers in order of first appearance strictly rise if no text repeats.
+    """
     falls = np.flatnonzero(texts[1:] <= texts[:-1]) + 1
     prompts = np.searchsorted(starts, falls, side="right") - 1
     found = np.zeros(len(starts), dtype=np.bool_)
@@ -272,7 +302,7 @@ def _may_have_copies(texts: Indices, starts: Indices) -> Bools:
 
 
 class _Walk:
-    """The passes over prompts of one size: a prompt a row, its candidates columns."""
+    """The passes over prompts of one size; arrays have a row per prompt, a column per candidate."""
 
     def __init__(
         self,
@@ -285,7 +315,7 @@ class _Walk:
     ) -> None:
         self._result, self._starts, self._size = result, starts, size
         self._beta, self._num_samples = beta, num_samples
-        # Views, [start, column]: the `size` values from each start on.
+        # Views [start, column]: row i has the `size` values from index i on.
         self._states = sliding_window_view(given.states, size)
         self._rewards = sliding_window_view(given.rewards, size)
         self._texts: Indices | None = None
@@ -293,22 +323,24 @@ class _Walk:
         self._probability = sliding_window_view(result.acceptance_probability, size, writeable=True)
 
     def run(self, prompts: Indices, texts: Indices | None) -> None:
-        """Make passes until every prompt has its samples or no candidates in play.
+        """Make passes until every prompt has its samples or has no candidates in play.
 
-        `texts` are those of all candidates, None if no prompt has copies; a copy to write in.
+        `texts` are the texts of all candidates, in an array that this method overwrites. Give None
+        if no prompt has copies.
         """
         if texts is not None:
             self._texts = sliding_window_view(texts, self._size, writeable=True)
             for some in self._blocks(prompts):
                 starts = self._starts[some]
                 self._texts[starts] = _columns_of_texts(self._texts[starts])
-        # Ends: in each pass the largest reward has probability one, and a uniform is below one.
+        # So many passes are enough, because every pass accepts a candidate of every prompt: the
+        # largest reward has probability one, and a uniform is below one.
         for number in range(min(self._num_samples, self._size)):
             left = [self._pass(number, some) for some in self._blocks(prompts)]
             prompts = np.concatenate([prompts[:0], *left])
 
     def _blocks(self, prompts: Indices) -> list[Indices]:
-        """So many prompts at a time as fit a core's cache."""
+        """The prompts in blocks of at most `_BLOCK` candidates, with at least one prompt each."""
         num = max(1, _BLOCK // self._size)
         return [prompts[at : at + num] for at in range(0, len(prompts), num)]
 
@@ -323,10 +355,10 @@ class _Walk:
             np.putmask(keys, is_out, _NEVER)
         chance = acceptance_probabilities(rewards, self._beta, rewards.max(axis=1, keepdims=True))
         is_miss = seeds.uniforms_at(states, number) >= chance
-        # All bits set, _NEVER, where it is a miss.
+        # The key of a miss becomes _NEVER: all its bits are set.
         hits = keys | -is_miss.astype(np.uint64)
         if self._texts is not None:
-            # Of the copies of a text the first one hit is accepted; those behind make no draw.
+            # The first copy of a text that hits is accepted. The copies after it have no draw.
             least = _least_of_text(hits, self._texts[starts])
             np.putmask(hits, hits > least, _NEVER)
             is_miss = least == _NEVER
@@ -339,7 +371,7 @@ class _Walk:
         result.position[places] = self._num_samples - room[row] + order
         count = np.bincount(row, minlength=len(room))
 
-        # No draw is made beyond the last sample.
+        # Candidates after the last sample have no draw.
         last = np.where(count < room, _NEVER - 1, hits[np.arange(len(room)), count - 1])[:, None]
         is_drawn = keys <= (last if self._texts is None else np.minimum(least, last))
         num_draws = is_drawn.sum(axis=1)
@@ -348,11 +380,13 @@ class _Walk:
         result.num_rounds[prompts] += 1
         result.num_shortfall[prompts] -= count
         if number:
-            # They rise from pass to pass, and are zero out of play.
+            # A probability never falls from pass to pass, and it is zero out of play. So the
+            # maximum is the probability in the last pass that had the candidate in play.
             np.maximum(chance, self._probability[starts], out=chance)
         self._probability[starts] = chance
 
-        # Where there is room left, all that was hit was accepted.
+        # A prompt that still needs samples has accepted every hit, so its other candidates whose
+        # text was hit are copies of accepted texts.
         is_left = ((keys != _NEVER) & is_miss).any(axis=1) & (count < room)
         if self._texts is not None:
             position = self._position[starts[is_left]]
@@ -363,7 +397,7 @@ class _Walk:
 
 
 def _columns_of_texts(texts: Indices) -> Indices:
-    """[rows, columns]: a column for each text, the same for all its copies."""
+    """[rows, columns]: one column per text, the same for all copies of the text."""
     columns = np.arange(texts.shape[1])
     # One sort of (text, column) pairs is several times faster than an argsort.
     ordered = (texts << _COLUMN_BITS) | columns
@@ -377,7 +411,7 @@ def _columns_of_texts(texts: Indices) -> Indices:
 
 
 def _least_of_text(keys: seeds.UInt64s, texts: Indices) -> seeds.UInt64s:
-    """[rows, columns]: the least key among the copies of a text."""
+    """[rows, columns]: the least key among the copies of each candidate's text."""
     cells = texts + np.arange(len(texts))[:, None] * texts.shape[1]
     least = np.full(texts.size, _NEVER)
     np.minimum.at(least, cells.ravel(), keys.ravel())
@@ -386,7 +420,7 @@ def _least_of_text(keys: seeds.UInt64s, texts: Indices) -> seeds.UInt64s:
 
 
 def _collapsed(candidates: Candidates, beta: float, num_samples: int) -> Selections:
-    """Walk the first copy of each text alone; the others get its acceptance probability."""
+    """Sample from the first copies of the texts; other copies get their acceptance probability."""
     num_prompts = len(candidates.sizes)
     prompts = np.repeat(np.arange(num_prompts), candidates.sizes)
     cells = prompts * (candidates.texts.max(initial=0) + 1) + candidates.texts
@@ -408,7 +442,10 @@ def _collapsed(candidates: Candidates, beta: float, num_samples: int) -> Selecti
 
 
 def _occurrence_ids(texts: Sequence[str]) -> list[str]:
-    """One id per candidate from (text, how often it came before), the first copy sorting first."""
+    """One id per candidate, made of its text and the number of copies before it.
+
+    The ids of the copies of a text sort in the order of the copies.
+    """
     seen: Counter[str] = Counter()
     made = []
     for text in texts:

@@ -1,9 +1,11 @@
 """Which candidates become targets of supervised fine-tuning (RAFT, ReST; section 5).
 
-Candidates of P prompts, N in all, come prompt after prompt, in ascending order of their ids within
-a prompt. `sizes` [P] counts the candidates of each, every one at least 1. `texts` [N] are numbers
-from 0, equal for equal texts; `rewards` [N] are finite. Copies of a text count once, by the copy
-with the highest reward, among equals the one with the smallest id.
+The N candidates of P prompts stand prompt after prompt. The candidates of a prompt are in ascending
+order of their ids. `sizes` [P] count the candidates of each prompt, at least one. `texts` [N] are
+numbers from 0, equal for equal texts of one prompt. `rewards` [N] are finite. Of the copies of a
+text only the one with the highest reward counts; among equal rewards, the one with the smallest id.
+
+Targets are indices into the candidates.
 """
 
 from typing import NamedTuple
@@ -14,14 +16,14 @@ from rso.rejection import Floats, Indices
 
 
 class Bounds(NamedTuple):
-    """The rewards that normalisation takes to 0 and to 1."""
+    """The rewards that normalisation maps to 0 (`low`) and to 1 (`high`)."""
 
     low: float
     high: float
 
 
 def distinct_by_reward(sizes: Indices, texts: Indices, rewards: Floats) -> Indices:
-    """One candidate of each text of each prompt: prompt after prompt, by descending reward."""
+    """One candidate for each text of each prompt: prompt after prompt, by descending reward."""
     prompt = _prompts(sizes)
     # Stable: among equal rewards the smallest id comes first.
     order = np.lexsort((-rewards, prompt))
@@ -32,7 +34,10 @@ def distinct_by_reward(sizes: Indices, texts: Indices, rewards: Floats) -> Indic
 
 
 def raft_targets(sizes: Indices, texts: Indices, rewards: Floats) -> Indices:
-    """[P]: the best candidate of each prompt, among equals the one with the smallest id (RAFT)."""
+    """[P]: the candidate with the highest reward of each prompt (RAFT).
+
+    Among equal rewards the candidate with the smallest id is taken.
+    """
     distinct = distinct_by_reward(sizes, texts, rewards)
     best: Indices = distinct[ranks(_prompts(sizes)[distinct]) == 0]
     return best
@@ -48,9 +53,10 @@ def rest_targets(
 ) -> Indices:
     """Candidates whose reward, normalised to [0, 1], exceeds `threshold` (ReST).
 
-    Prompt after prompt, by descending reward. Normalised by the prompt's own lowest and highest
-    reward, or by `bounds`, those of a whole dataset. A prompt whose candidates all have one reward
-    has none either way: rewards compare responses to one prompt, and there nothing is better.
+    The order is prompt after prompt, by descending reward. By default the lowest reward of a prompt
+    becomes 0 and its highest 1. `bounds` gives these two rewards for all prompts, for example those
+    of a whole dataset. A prompt whose candidates all have one reward has no targets either way: a
+    reward only compares responses to one prompt, and none of these is better.
     """
     starts = np.cumsum(sizes) - sizes
     low, high = np.minimum.reduceat(rewards, starts), np.maximum.reduceat(rewards, starts)
@@ -65,7 +71,10 @@ def rest_targets(
 
 
 def ranks(prompts: Indices) -> Indices:
-    """[n]: the place of each within its run of equal `prompts` [n], from 0."""
+    """[n]: the place of each element within its run of equal `prompts` [n], from 0.
+
+    Equal prompts must stand together.
+    """
     _, first, runs = np.unique(prompts, return_index=True, return_inverse=True)
     places: Indices = np.arange(len(prompts)) - first[runs]
     return places

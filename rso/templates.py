@@ -1,9 +1,8 @@
-"""Prompt and ranker texts to token ids: the one tokenising path.
+"""Prompt and ranker texts to token ids: the only place that tokenises text.
 
-Text that users supply is tokenised with special tokens as ordinary text, so that a prompt holding
-`<eos>` can neither end nor forge a turn; where a tokenizer cannot, they are written with a space in
-them (`< eos>`). Prompt and response ids are concatenated, never
-re-tokenised together.
+In text of users, special tokens are tokenised as ordinary text, so that a prompt with `<eos>` in it
+can neither end nor forge a turn. Where a tokenizer cannot do this, the special token gets a space
+(`< eos>`). Prompt and response ids are concatenated, never tokenised together.
 """
 
 import re
@@ -20,7 +19,7 @@ SENTINEL = "\ufdd0prompt\ufdd0"
 
 
 class Context(NamedTuple):
-    """Ids of a ranker context and how many were cut from its right end."""
+    """The ids of a ranker context, and the number of ids that were cut from its right end."""
 
     ids: list[int]
     num_cut: int
@@ -36,14 +35,15 @@ class LabelIds(NamedTuple):
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, templates: Templates, prompt: str
 ) -> list[int]:
-    """Return the ids of the prompt in its template, one beginning-of-sequence token at most.
+    """Return the ids of the prompt in its template.
 
-    Equal to tokenising the rendered template whole, except that special tokens written in the
-    prompt stay text; so a text template ends with T5's end-of-sequence token, and a chat template
-    with what it says itself.
+    They are those of the whole rendered template, except that special tokens in the prompt stay
+    text. A text template begins with one beginning-of-sequence token if the tokenizer puts one, and
+    ends with T5's end-of-sequence token. To a chat template neither is added.
 
     Raises:
-        UserError: a template lacks {prompt}, or the tokenizer has no chat template.
+        UserError: {prompt} does not occur exactly once in a template, the tokenizer has no chat
+            template, or its chat template does not show the message exactly once.
     """
     if templates.prompt == "chat":
         before, after = _chat_frame(tokenizer, templates.instruction)
@@ -56,9 +56,9 @@ def encode_prompt(
 def encode_response(
     tokenizer: PreTrainedTokenizerBase, templates: Templates, text: str, *, eos: bool
 ) -> list[int]:
-    """Return the ids of a response given as text, end-of-sequence appended if `eos`.
+    """Return the ids of `response_prefix` and a response, then end-of-sequence if `eos`.
 
-    Decoded responses have ids of their own and must not come through here.
+    Do not call this for decoded responses: they have ids of their own.
     """
     (ids,) = _encode_texts(tokenizer, [templates.response_prefix + text])
     return [*ids, int(tokenizer.eos_token_id)] if eos else ids
@@ -67,18 +67,23 @@ def encode_response(
 def judged_text(templates: Templates, response: str) -> str:
     """Return a response as judges read it: without `response_prefix` and outer white space.
 
-    Decodes begin with the prefix and human texts do not, so it must not decide a comparison. Apply
-    it once: a response may itself begin with the prefix.
+    Decoded responses begin with the prefix and human texts do not, so the prefix must not decide a
+    comparison. Call this only once per response: a second call would also remove a prefix that
+    belongs to the response.
     """
     return response.removeprefix(templates.response_prefix).strip()
 
 
 @dataclass(frozen=True)
 class RankerEncoder:
-    """The pieces of a ranker's input; concatenated, they are the whole input.
+    """The pieces of a ranker's input.
 
-    context + side("A", y1) + side("B", y2) + suffix, with a label token as the target. T5's suffix
-    has the end-of-sequence token that its encoder expects.
+    The input is context + side("A", y1) + side("B", y2) + suffix, and the target is a label token.
+    T5's suffix ends with the end-of-sequence token that its encoder expects.
+
+    Raises:
+        UserError: a placeholder does not occur exactly once in its template, or `label_ids` refuses
+            the labels.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -87,32 +92,32 @@ class RankerEncoder:
     suffix: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Check labels and templates once, so that a mistake shows before any work."""
+        """Check labels and templates, so that a mistake shows before any work."""
         object.__setattr__(self, "labels", label_ids(self.tokenizer, self.templates))
         suffix = _encode_template(self.tokenizer, self.templates.ranker_suffix)
         object.__setattr__(self, "suffix", _encoder_end(self.tokenizer, suffix))
         self.context("x"), self.branch("x", "x")
 
     def context(self, prompt: str) -> Context:
-        """Return the ids before the responses, cut from the right to `max_context_tokens`."""
+        """Return the ids before the responses: the first `max_context_tokens` of them."""
         before, after = _frame("templates.ranker_context", self.templates.ranker_context, "prompt")
         ids = _one_bos(self.tokenizer, _encode_within(self.tokenizer, before, [prompt], after)[0])
         limit = self.templates.max_context_tokens
         return Context(ids[:limit], max(0, len(ids) - limit))
 
     def sides(self, slot: Literal["A", "B"], responses: Sequence[str]) -> list[list[int]]:
-        """Return the ids of responses, as `judged_text`, in their slot; they are never cut."""
+        """Return, for each response, the ids of its `judged_text` in the slot; none is cut."""
         name = "ranker_a" if slot == "A" else "ranker_b"
         before, after = _frame(f"templates.{name}", getattr(self.templates, name), "response")
         texts = [judged_text(self.templates, response) for response in responses]
         return _encode_within(self.tokenizer, before, texts, after)
 
     def side(self, slot: Literal["A", "B"], response: str) -> list[int]:
-        """Return the ids of one response in its slot."""
+        """Return the ids of one response in the slot, as `sides`."""
         return self.sides(slot, [response])[0]
 
     def branch(self, first: str, second: str) -> list[int]:
-        """Return what follows the context: `first` in slot A, `second` in slot B, the suffix."""
+        """Return the ids after the context: `first` in slot A, `second` in slot B, the suffix."""
         return self.side("A", first) + self.side("B", second) + self.suffix
 
 
@@ -169,10 +174,10 @@ def _frame(name: str, template: str, placeholder: str) -> tuple[str, str]:
 def _encode_within(
     tokenizer: PreTrainedTokenizerBase, before: str, texts: Sequence[str], after: str
 ) -> list[list[int]]:
-    """Return ids of before + text + after where only the frame's special tokens are special.
+    """Return, for each text, the ids of before + text + after; special tokens in it stay text.
 
-    The stretch between the special tokens nearest to the text is tokenised as a whole, so that
-    merges across the edges of the text are those of the plain rendered template.
+    The part between the special tokens that are nearest to the text is tokenised as a whole. So
+    merges across the edges of the text are those of the rendered template.
     """
     special = _special_pattern(tokenizer)
     head, tail = 0, len(after)
@@ -199,13 +204,13 @@ def _encode_template(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
 
 
 def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of texts in which nothing is special; many at once use all cores."""
+    """Return the ids of texts whose special tokens are text; one call for many uses all cores."""
     encoded = _plain_ids(tokenizer, texts)
     special = _special_pattern(tokenizer)
     if special is None:
         return encoded
     reserved = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    # The special tokens of unigram tokenizers (T5) are pieces of the vocabulary like any others.
+    # Unigram tokenizers (T5) still find special tokens: these are ordinary vocabulary pieces.
     forged = [
         place
         for place, (text, ids) in enumerate(zip(texts, encoded, strict=True))
@@ -230,7 +235,7 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
 
 
 def _one_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Put the beginning-of-sequence token first where the tokenizer does so, and never twice."""
+    """Put the beginning-of-sequence token first if the tokenizer does so; it is never doubled."""
     bos = tokenizer.bos_token_id
     if bos is None or list(tokenizer("")["input_ids"])[:1] != [bos] or ids[:1] == [bos]:
         return ids
@@ -238,10 +243,10 @@ def _one_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
 
 
 def _encoder_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Put the end-of-sequence token last where the tokenizer is an encoder's, and never twice.
+    """Put the end-of-sequence token last if the tokenizer is an encoder's; it is never doubled.
 
-    T5's tokenizers end every text so and begin none; decoders' tokenizers that add anything begin
-    with it, be it the same token (OPT).
+    T5's tokenizers add it to the end of every text, and have no beginning-of-sequence token. The
+    tokenizers of decoders add a token only to the beginning, if any. It may be the same one (OPT).
     """
     eos = tokenizer.eos_token_id
     is_encoders = tokenizer.bos_token_id is None and list(tokenizer("")["input_ids"]) == [eos]

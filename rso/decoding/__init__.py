@@ -1,6 +1,6 @@
 """Sampling responses from a policy: the `Decoder` protocol, its records, the choice of an engine.
 
-Importing this module imports neither torch nor vllm; an engine is imported by `load_decoder`.
+Importing this module imports neither torch nor vllm. `load_decoder` imports the engine.
 """
 
 import importlib.util
@@ -13,22 +13,25 @@ from rso.errors import UserError
 ENGINES = ("vllm", "vllm-server", "transformers")
 
 Progress = Callable[[int], None]
-"""Called with the number of responses that have just been finished (`bar.advance` fits)."""
+"""A function that takes the number of newly finished responses, such as `bar.advance`.
+
+The number is negative when work that was reported has to be done again.
+"""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: temperature first, then `top_k`, then `top_p` among what is left."""
+    """How tokens are drawn: the temperature, then `top_k`, then `top_p` among the tokens left."""
 
     temperature: float = 0.7
-    """0 is greedy decoding: every sample of a prompt is then the same response."""
+    """0 is greedy decoding: all samples of a prompt are the same response."""
     top_k: int = 40
     """The number of most likely tokens to draw from; 0 is no limit."""
     top_p: float = 1.0
     """The probability mass to draw from, most likely tokens first; 1 is no limit."""
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
-    """Texts that end a response, as an end-of-sequence token does."""
+    """Texts that end a response, like an end-of-sequence token."""
     num_samples: int = 1
     logprobs: bool = False
     """Whether `Decoded.cumulative_logp` is computed."""
@@ -50,29 +53,29 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Servers:
-    """Where the `vllm-server` engine finds its model, and how it deals with what answers there."""
+    """The servers of the `vllm-server` engine, and how the engine uses them."""
 
     endpoints: tuple[str, ...] = ()
     """Base URLs, e.g. http://127.0.0.1:8000/v1."""
     concurrency: int = 16
-    """Requests in flight at an endpoint; the samples of a prompt are one request."""
+    """The most requests in flight per endpoint; all samples of a prompt are one request."""
     patience: float = 300.0
-    """Seconds after which an endpoint that stays away is given up."""
+    """Decoding fails once all endpoints have been away for this many seconds."""
     timeout: float = 3600.0
     """Seconds that one answer may take."""
     journal: str | None = None
-    """Folder that keeps finished answers for a call that is repeated; it belongs to one model."""
+    """Folder of finished answers, which a repeated call reads; use one folder per model."""
 
 
 class Request(NamedTuple):
-    """One prompt to decode, already tokenised with its template."""
+    """One prompt to decode, tokenised with its template."""
 
     prompt_id: str
     token_ids: list[int]
 
 
 class Refusal(NamedTuple):
-    """A request that cannot be decoded, and the sentence that says why."""
+    """A request that cannot be decoded, and the reason in one sentence."""
 
     request: Request
     reason: str
@@ -82,26 +85,25 @@ class Decoded(NamedTuple):
     """One response; `cumulative_logp` is in nats under the untempered, unfiltered model."""
 
     token_ids: list[int]
-    """What was generated, with the end-of-sequence token, or those of the stop text, where one was
-    generated."""
+    """All generated tokens, including an end-of-sequence token or the tokens of a stop text."""
     text: str
-    """The same without special tokens, and up to the stop text."""
+    """The text of `token_ids` without special tokens, cut before the stop text."""
     finish_reason: str
     """`stop` (an end-of-sequence token or a stop text) or `length` (max_new_tokens)."""
     cumulative_logp: float | None
-    """Sum over `token_ids`, all of them; None unless `Sampling.logprobs`."""
+    """Sum over all `token_ids`; None unless `Sampling.logprobs`."""
 
 
 @dataclass(frozen=True)
 class Endings:
-    """How the responses of one call end: by an end-of-sequence token, or by a stop text."""
+    """What ends the responses of one call: end-of-sequence tokens and stop texts."""
 
     tokenizer: Any
     token_ids: Collection[int]
     texts: tuple[str, ...] = ()
 
     def has_stop_text(self, token_ids: Sequence[int]) -> bool:
-        """Return whether a stop text stands in the response so far."""
+        """Return whether the response so far holds a stop text."""
         text = self.text(token_ids)
         return any(stop in text for stop in self.texts)
 
@@ -112,7 +114,7 @@ class Endings:
         return text
 
     def finish(self, token_ids: list[int], cumulative_logp: float | None) -> Decoded:
-        """Return the response that these tokens, generated to their end, are."""
+        """Return the finished response of these tokens, of which there is at least one."""
         text = self.text(token_ids)
         end = min((text.find(stop) for stop in self.texts if stop in text), default=None)
         is_stopped = end is not None or token_ids[-1] in self.token_ids
@@ -121,7 +123,7 @@ class Endings:
 
 
 class Decoder(Protocol):
-    """An engine that holds one policy; every engine says in its docstring what it can repeat."""
+    """An engine that holds one policy; the docstring of each says which results it repeats."""
 
     @property
     def context_length(self) -> int:
@@ -136,7 +138,11 @@ class Decoder(Protocol):
         seed: int,
         progress: Progress | None = None,
     ) -> list[list[Decoded]]:
-        """Return `num_samples` responses for each request, in the order of the requests."""
+        """Return `num_samples` responses for each request, in the order of the requests.
+
+        Raises:
+            UserError: a request does not fit (see `check_room`), or the engine cannot decode it.
+        """
         ...
 
     def close(self) -> None:
@@ -147,9 +153,10 @@ class Decoder(Protocol):
 def check_room(
     requests: Sequence[Request], context_length: int, max_new_tokens: int
 ) -> tuple[list[Request], list[Refusal]]:
-    """Return the requests that fit, and the others with the reason.
+    """Return the requests that fit, and the others with their reasons.
 
-    A prompt fits if it has a token and leaves room for `max_new_tokens` in `context_length`.
+    A prompt fits if it has at least one token and leaves room for `max_new_tokens` in
+    `context_length`.
     """
     kept: list[Request] = []
     refused: list[Refusal] = []
@@ -169,19 +176,19 @@ def check_room(
 
 
 def require_room(requests: Sequence[Request], context_length: int, max_new_tokens: int) -> None:
-    """Raise `UserError` with the first reason if a request does not fit (see `check_room`)."""
+    """Raise `UserError` with the first reason if any request does not fit (see `check_room`)."""
     _, refused = check_room(requests, context_length, max_new_tokens)
     if refused:
         raise UserError(f"{len(refused)} of {len(requests)} prompts refused: {refused[0].reason}.")
 
 
 def num_drawn(sampling: Sampling) -> int:
-    """Return how many samples of a prompt are computed: greedy ones are all the same."""
+    """Return the number of samples to compute per prompt: 1 if greedy, as all are the same."""
     return 1 if sampling.temperature == 0 else sampling.num_samples
 
 
 def not_finite(what: str, prompt_id: str) -> UserError:
-    """Return the error of an engine in this process whose model gave NaN or infinite values."""
+    """Return the error for NaN or infinite values from a model in this process."""
     return UserError(
         f"the model gave {what} that are not finite for prompt {prompt_id}; check the model's "
         "weights, or decode with compute.dtype=float32."
@@ -189,9 +196,12 @@ def not_finite(what: str, prompt_id: str) -> UserError:
 
 
 def resolve_engine(engine: str) -> str:
-    """Return the engine that `engine` means here; `auto` is vllm if installed, else transformers.
+    """Return the name of the engine; `auto` is vllm if it is installed, else transformers.
 
-    Nothing is imported, so a plan can be made without loading an engine.
+    No engine is imported, so that planning is fast.
+
+    Raises:
+        UserError: there is no such engine.
     """
     if engine == "auto":
         return "vllm" if importlib.util.find_spec("vllm") else "transformers"
@@ -213,9 +223,13 @@ def load_decoder(
     """Return the decoder of a model directory in Hugging Face format.
 
     `max_model_len` (longest prompt + max_new_tokens) bounds what vLLM reserves for one sequence;
-    None takes the model's whole context. `device` is for the transformers engine; vLLM's build
-    decides its own. `servers` is for the vllm-server engine. An engine that cannot start raises
-    `UserError` with the cause and what to do instead.
+    None is the model's whole context. The transformers engine ignores it. The vllm-server engine
+    uses `dtype` and `max_model_len` only in the command that its errors suggest. `device` is for
+    the transformers engine: vLLM's build determines its device. `servers` is for the vllm-server
+    engine.
+
+    Raises:
+        UserError: the engine cannot start; the message says the cause and what to do instead.
     """
     if resolve_engine(engine) == "vllm-server":
         from rso.decoding.server_engine import ServerDecoder

@@ -1,7 +1,7 @@
-"""One wave of a decoder-only model: its prompts' keys are computed once, the samples read them.
+"""One wave of a decoder-only model: each prompt is computed once, and its samples read its keys.
 
-What all prompts of the wave begin with (a chat template's system message) is computed once, the
-rest of each prompt once.
+The beginning that all prompts of a wave share, such as the system message of a chat template, is
+computed once per wave.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ TOKENS_PER_PREFILL = 4096
 
 
 class CausalWave:
-    """Keys and values of some prompts, sorted by length, and of the samples that go on from them.
+    """Keys and values of some prompts, sorted by length, and of the samples that continue them.
 
-    A sample's number is `prompt * num_drawn(sampling) + sample`.
+    The number of a sample is `prompt * num_drawn(sampling) + sample`.
     """
 
     attention = ATTENTION
@@ -33,24 +33,27 @@ class CausalWave:
         self._lengths = torch.tensor([len(ids) for ids in prompts], device=model.device)
         self._stored = Prompts(self._lengths, model.dtype)
         numbers = torch.arange(len(prompts) * self._num_samples, device=model.device)
-        # the last token of a response is drawn and not read
+        # The last token of a response is drawn, but never an input.
         self._samples = Samples(numbers, sampling.max_new_tokens - 1)
 
     @staticmethod
     def attending(model: PreTrainedModel) -> PreTrainedModel:
-        """The part of the model that attends by `attention`."""
+        """Return the part of the model whose attention is set to `attention`."""
         return model
 
     @staticmethod
     def context_length(config: PreTrainedConfig) -> int | None:
-        """The most tokens of prompt and response: the model's context, or its attention window."""
+        """Return the most tokens of prompt and response: the lesser of context and sliding window.
+
+        None if the config states neither.
+        """
         config = config.get_text_config()
         limits = (getattr(config, "max_position_embeddings", None), _window(config))
         return min((limit for limit in limits if limit is not None), default=None)
 
     @staticmethod
     def num_elements(config: PreTrainedConfig, prompt_length: int, sampling: Sampling) -> int:
-        """Elements of the keys and values of a prompt of `prompt_length` tokens and its samples."""
+        """Return the number of elements of the keys and values of one prompt and its samples."""
         config = config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -59,7 +62,7 @@ class CausalWave:
 
     @staticmethod
     def check(model: PreTrainedModel) -> None:
-        """Raise `UserError` for an architecture whose attention is not computed here."""
+        """Raise `UserError` if this module cannot compute the attention of the model."""
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         unknown = sorted(kinds - {"full_attention", "sliding_attention"})
@@ -75,9 +78,9 @@ class CausalWave:
             )
 
     def first_logits(self) -> Tensor:
-        """Compute the prompts; logits [prompt, vocabulary] after each.
+        """Compute the prompts; return logits [prompt, vocabulary] after each prompt.
 
-        The last token of each prompt is a step like those of the samples: it alone needs logits.
+        The last token of each prompt is computed apart, because only this token needs logits.
         """
         rests = [ids[:-1] for ids in self._prompts]
         num_shared = _num_shared(rests)
@@ -96,16 +99,16 @@ class CausalWave:
         return self._logits(last, self._lengths - 1, LastToken(self._stored))
 
     def next_logits(self, tokens: Tensor, live: Tensor, step: int) -> Tensor:
-        """Logits [row, vocabulary] after `tokens` [row], the `step`-th of the samples `live`.
+        """Return logits [row, vocabulary] after `tokens` [row], token `step` of the samples `live`.
 
-        `live` is ascending, and what is missing in it never comes back.
+        `live` is ascending. A sample that is missing from it never comes back.
         """
         prompt_of = live // self._num_samples
         attend = Step(self._stored, self._samples, live, prompt_of)
         return self._logits(tokens, self._lengths[prompt_of] + step, attend)
 
     def _fill(self, rows: list[list[int]], end: int, attend: Prefill) -> None:
-        """Run the tokens before position `end` of each row; their keys are stored."""
+        """Compute rows that are right-padded to end before position `end`, and store their keys."""
         width = max(map(len, rows))
         token_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows])
         positions = torch.arange(end - width, end).expand(len(rows), -1)
@@ -117,7 +120,7 @@ class CausalWave:
         )
 
     def _logits(self, tokens: Tensor, positions: Tensor, attend: LastToken | Step) -> Tensor:
-        """Logits [row, vocabulary] after one more token a row, whose keys are stored."""
+        """Return logits [row, vocabulary] after one more token per row, and store its keys."""
         output = self._model(
             input_ids=tokens[:, None],
             position_ids=positions[:, None],
@@ -129,7 +132,10 @@ class CausalWave:
 
 
 def _end_of_chunk(prompts: Sequence[Sequence[int]], start: int, num_shared: int) -> int:
-    """Where a chunk of prompts that starts at `start` ends: prompts are sorted by length."""
+    """Return the end of the chunk that starts at `start`; prompts are sorted by length.
+
+    A chunk has at most `TOKENS_PER_PREFILL` padded tokens after the shared ones, or one prompt.
+    """
     end = start + 1
     while end < len(prompts):
         if (end + 1 - start) * (len(prompts[end]) - num_shared) > TOKENS_PER_PREFILL:
@@ -139,7 +145,7 @@ def _end_of_chunk(prompts: Sequence[Sequence[int]], start: int, num_shared: int)
 
 
 def _num_shared(prompts: Sequence[list[int]]) -> int:
-    """How many first tokens all prompts have in common."""
+    """Return the number of first tokens that all prompts share; 0 for a single prompt."""
     if len(prompts) == 1:
         return 0
     low, high = min(prompts), max(prompts)
@@ -148,7 +154,7 @@ def _num_shared(prompts: Sequence[list[int]]) -> int:
 
 
 def _window(config: PreTrainedConfig) -> int | None:
-    """The sliding window, inside which windowed and full attention are the same."""
+    """Return the sliding window; within it windowed and full attention are equal."""
     has_window = getattr(config, "use_sliding_window", True)
     window = getattr(config, "sliding_window", None)
     return int(window) if has_window and window else None

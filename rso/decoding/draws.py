@@ -1,4 +1,4 @@
-"""Drawing tokens by keyed uniforms: the same uniform and the same logits give the same token."""
+"""Drawing tokens by keyed uniforms: the same uniform and logits always give the same token."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,17 +10,17 @@ from torch import Tensor
 from rso import seeds
 from rso.decoding import Sampling, not_finite
 
-# Rows of the layout in which `top_logits` looks for columns.
+# Rows of the layout whose columns `top_logits` sorts.
 BLOCK = 32
 
 
 class Distribution(NamedTuple):
-    """A categorical distribution a row: cumulative probabilities over tokens in order of id."""
+    """One categorical distribution per row: cumulative probabilities, tokens in order of id."""
 
     token_ids: Tensor | None
     """int64 [row, choice], ascending; None if every token of the vocabulary is a choice."""
     cumulative: Tensor
-    """float64 [row, choice], the last column is 1."""
+    """float64 [row, choice]; the last column is 1."""
 
 
 def keyed_uniforms(seed: int, prompt_id: str, num_samples: int, length: int) -> np.ndarray:
@@ -33,10 +33,11 @@ def keyed_uniforms(seed: int, prompt_id: str, num_samples: int, length: int) -> 
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Distribution:
-    """Return what `sampling` leaves of logits [row, vocabulary], temperature above 0.
+    """Return the distributions of logits [row, vocabulary] after temperature, top-k and top-p.
 
-    The choices are sorted by token id, not by probability: rounding that swaps two tokens of
-    nearly equal probability would otherwise swap what a uniform selects.
+    The temperature must be above 0. The choices are sorted by token id. If they were sorted by
+    probability, rounding could swap two tokens of nearly equal probability, and a uniform would
+    select another token.
     """
     num_choices = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     if num_choices == logits.shape[-1] and sampling.top_p == 1.0:
@@ -46,24 +47,24 @@ def filtered(logits: Tensor, sampling: Sampling) -> Distribution:
     probabilities = torch.softmax(top / sampling.temperature, -1)
     if sampling.top_p < 1.0:
         mass_before = probabilities.cumsum(-1) - probabilities
-        # the most likely token always stays: nothing comes before it
+        # The most likely token always stays: the mass before it is 0.
         probabilities = probabilities.masked_fill(mass_before >= sampling.top_p, 0.0)
     token_ids, order = token_ids.sort(dim=-1)
     return Distribution(token_ids, _cumulative(probabilities.gather(-1, order)))
 
 
 def bytes_of_logit(sampling: Sampling) -> int:
-    """Return the bytes a logit that `filtered` takes, as measured on a CPU: few with a top-k."""
+    """Return the bytes per logit that `filtered` needs, measured on a CPU; a top-k needs few."""
     if sampling.temperature == 0 or sampling.top_k:
         return 0
     return 24 if sampling.top_p == 1.0 else 49
 
 
 def top_logits(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the largest logits of each row [row, count], fp32, falling, and their token ids.
+    """Return the largest logits of each row, fp32 [row, count], descending, and their token ids.
 
-    Of a large vocabulary only the `count` columns of a [BLOCK, column] layout with the largest
-    maxima are sorted: the largest logits lie in them. A third of the time of `torch.topk`.
+    A large vocabulary is laid out as [BLOCK, column]. Only the `count` columns with the largest
+    maxima are sorted: they hold the largest logits. This takes a third of the time of `torch.topk`.
     """
     num_columns = logits.shape[-1] // BLOCK
     if num_columns <= 4 * count:
@@ -71,7 +72,7 @@ def top_logits(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return top.float(), token_ids
     laid_out = logits[:, : BLOCK * num_columns].view(-1, BLOCK, num_columns)
     columns = laid_out.amax(1).topk(count, dim=-1).indices
-    # what the layout leaves over is looked at whole
+    # The layout leaves out fewer than BLOCK tokens; all of them are sorted too.
     rest = torch.arange(BLOCK * num_columns, logits.shape[-1], device=logits.device)
     first = torch.arange(BLOCK, device=logits.device) * num_columns
     token_ids = (first[:, None] + columns[:, None, :]).flatten(1)
@@ -82,8 +83,8 @@ def top_logits(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def draw(distribution: Distribution, uniforms: Tensor) -> Tensor:
     """Return int64 token ids [row, draw] for float64 uniforms [row, draw] (inverse CDF)."""
-    # right=True: the first choice whose cumulative probability exceeds the uniform, so that
-    # choices of probability zero are never taken
+    # right=True takes the first choice whose cumulative probability exceeds the uniform, so that
+    # a choice of probability zero is never taken.
     chosen = torch.searchsorted(distribution.cumulative, uniforms.contiguous(), right=True)
     if distribution.token_ids is None:
         return chosen
@@ -91,8 +92,11 @@ def draw(distribution: Distribution, uniforms: Tensor) -> Tensor:
 
 
 def token_logps(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """Return the log-softmax in nats, fp32, of `token_ids` [row, draw] under [row, vocabulary]."""
-    # few rows at a time, so that what is computed of them stays in a CPU's cache
+    """Return fp32 [row, draw]: log-probs of `token_ids` [row, draw] under logits, in nats.
+
+    Logits are [row, vocabulary], and are neither tempered nor filtered here.
+    """
+    # Take few rows at a time, so that intermediate results stay in the cache of a CPU.
     elements = 1 << 18 if logits.device.type == "cpu" else 1 << 26
     parts = torch.split(logits, max(1, elements // logits.shape[-1]))
     total = torch.cat([part.float().logsumexp(-1, keepdim=True) for part in parts])
@@ -100,9 +104,9 @@ def token_logps(logits: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def check_finite(logits: Tensor, prompts: Tensor, prompt_ids: Sequence[str]) -> None:
-    """Raise `UserError` if a row of logits holds NaN or +inf, with the id of its prompt.
+    """Raise `UserError` with a prompt's id if a row of logits holds NaN or +inf, or only -inf.
 
-    `prompts` are int64 [row], places in `prompt_ids`.
+    `prompts`, int64 [row], are indices into `prompt_ids`.
     """
     is_finite = logits.amax(-1).isfinite()
     if not bool(is_finite.all()):
@@ -111,6 +115,6 @@ def check_finite(logits: Tensor, prompts: Tensor, prompt_ids: Sequence[str]) -> 
 
 
 def _cumulative(probabilities: Tensor) -> Tensor:
-    # fp64, as a sum over a whole vocabulary in fp32 is off by more than rare tokens have
+    # A sum over the vocabulary in fp32 has an error above the probability of rare tokens.
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     return cumulative / cumulative[:, -1:]

@@ -1,7 +1,7 @@
 """One wave of an encoder-decoder model (T5): a prompt is encoded once for all its samples.
 
-What the decoder's cross-attention reads of a prompt, keys and values of its encoder states, is
-stored once and read in place by the prompt's samples. A sample's own keys are a row of the cache.
+The keys and values of a prompt's encoder states are stored once. In cross-attention all samples of
+the prompt read them in place. The keys of a sample's own tokens are one row of the cache.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ ATTENTION = "rso_shared_encoder"
 
 
 class Readers(NamedTuple):
-    """The rows of a step by the prompt they read, and the columns of each prompt."""
+    """The rows of a step grouped by prompt, and the columns of each prompt."""
 
     slots: Slots
     columns: Columns
@@ -45,9 +45,10 @@ def attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend from [row, head, 1, size] to the row's own keys, or across to those of its prompt.
+    """Return the attention of each row to its own keys, or in cross-attention to its prompt's keys.
 
-    The signature is that of transformers' attention functions; returns [row, 1, head, size].
+    The signature is that of transformers' attention functions. Takes queries [row, head, 1, size]
+    and returns [row, 1, head, size].
     """
     if module.is_causal:
         seen = scaled_dot_product_attention(
@@ -62,9 +63,9 @@ AttentionInterface.register(ATTENTION, attention)
 
 
 class EncoderDecoderWave:
-    """Encoder states of some prompts and the samples that are decoded against them.
+    """Encoder states of some prompts, and the samples that are decoded from them.
 
-    A sample's number is `prompt * num_drawn(sampling) + sample`.
+    The number of a sample is `prompt * num_drawn(sampling) + sample`.
     """
 
     attention = ATTENTION
@@ -72,7 +73,7 @@ class EncoderDecoderWave:
     def __init__(
         self, model: PreTrainedModel, prompts: Sequence[list[int]], sampling: Sampling
     ) -> None:
-        # Typed loosely: `generate`'s own way of calling T5 is not annotated.
+        # `Any`: transformers does not annotate this way of calling T5, which is that of `generate`.
         self._model: Any = model
         self._num_samples = num_drawn(sampling)
         width = max(map(len, prompts))
@@ -86,27 +87,27 @@ class EncoderDecoderWave:
 
     @staticmethod
     def attending(model: PreTrainedModel) -> PreTrainedModel:
-        """The part of the model that attends by `attention`."""
+        """Return the part of the model whose attention is set to `attention`: the decoder."""
         decoder: PreTrainedModel = model.get_decoder()
         return decoder
 
     @staticmethod
     def check(model: PreTrainedModel) -> None:
-        """Nothing to check: `rso.models` loads no other encoder-decoder architecture than T5's."""
+        """Do nothing: `rso.models` loads no encoder-decoder model outside the T5 family."""
 
     @staticmethod
     def context_length(config: PreTrainedConfig) -> int | None:
-        """None: positions are relative, so any length can be computed."""
+        """Return None, no limit: positions are relative."""
         return None
 
     @staticmethod
     def num_elements(config: Any, prompt_length: int, sampling: Sampling) -> int:
-        """Elements of the keys and values of a prompt of `prompt_length` tokens and its samples."""
+        """Return the number of elements of the keys and values of one prompt and its samples."""
         columns = prompt_length + num_drawn(sampling) * sampling.max_new_tokens
         return int(2 * config.num_decoder_layers * config.num_heads * config.d_kv * columns)
 
     def first_logits(self) -> Tensor:
-        """Encode the prompts; logits [prompt, vocabulary] after the decoder's start token."""
+        """Encode the prompts; return logits [prompt, vocabulary] after the start token."""
         mask = torch.arange(self._ids.shape[1], device=self._ids.device) < self._lengths[:, None]
         encoded = self._model.get_encoder()(input_ids=self._ids, attention_mask=mask)
         self._encoded = BaseModelOutput(last_hidden_state=encoded.last_hidden_state)
@@ -117,9 +118,9 @@ class EncoderDecoderWave:
         return logits
 
     def next_logits(self, tokens: Tensor, live: Tensor, step: int) -> Tensor:
-        """Logits [row, vocabulary] after `tokens` [row], the `step`-th of the samples `live`.
+        """Return logits [row, vocabulary] after `tokens` [row], token `step` of the samples `live`.
 
-        `live` is ascending, and what is missing in it never comes back.
+        `live` is ascending. A sample that is missing from it never comes back.
         """
         if len(live) < len(self._rows):
             place = torch.searchsorted(self._rows, live)

@@ -1,4 +1,4 @@
-"""A server of an OpenAI-compatible API: sending to it, and whether it is there."""
+"""A server of an OpenAI-compatible API: sending requests, and tracking whether it answers."""
 
 import asyncio
 import json
@@ -25,8 +25,8 @@ NOT_FINITE = (
     "The model gave log-probabilities that are not finite: check its weights, or serve it with "
     "--dtype float32."
 )
-# An answer may take long without a byte on the way; that its server's machine is gone is noticed
-# by the kernel: after 30 s without traffic it asks every 10 s, and gives up after three times.
+# An answer may take long, and no byte comes before it. So the kernel checks that the server's
+# machine is there: after 30 s without traffic it asks every 10 s, and gives up after three times.
 KEEPALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     *(
@@ -38,7 +38,10 @@ KEEPALIVE = [
 
 
 class Unavailable(Exception):
-    """An endpoint gave no answer, and may give one later; `wait` is what it asked for, seconds."""
+    """An endpoint gave no answer, and may give one later.
+
+    `wait` is the pause that it asked for, in seconds. `is_busy` means that it answered HTTP 429.
+    """
 
     def __init__(self, reason: str, wait: float = 0.0, is_busy: bool = False) -> None:
         super().__init__(reason)
@@ -47,39 +50,39 @@ class Unavailable(Exception):
 
 @dataclass
 class Endpoint:
-    """One server: whether it is there, and since when it is not."""
+    """The state of one server: whether it answers, and if not, since when."""
 
     url: str
     model: str = ""
-    """The name by which it serves the model."""
+    """The name under which it serves the model."""
     context_length: int | None = None
     in_flight: int = 0
     failures: int = 0
-    """In a row, since the last answer."""
+    """Failures in a row: those after the last answer."""
     away_since: float | None = None
     """Monotonic seconds of the first of these failures."""
     lost_by: "Unavailable | None" = None
     is_met: asyncio.Event = field(default_factory=asyncio.Event)
-    """Whether it was asked at all."""
+    """Set once the first check of it succeeded or failed."""
     is_open: asyncio.Event = field(default_factory=asyncio.Event)
-    """Whether requests go to it now."""
+    """Set while it gets requests."""
     is_lost: asyncio.Event = field(default_factory=asyncio.Event)
 
     def open(self) -> None:
-        """Send requests."""
+        """Let requests go to it."""
         self.is_met.set()
         self.is_lost.clear()
         self.is_open.set()
 
     def lose(self, error: Unavailable) -> None:
-        """Send no more requests; of several failures at once the first counts."""
+        """Stop its requests; only the first of several simultaneous failures has an effect."""
         if self.is_open.is_set():
             self.lost_by = error
             self.is_open.clear()
             self.is_lost.set()
 
     def failed(self, error: Unavailable) -> None:
-        """Count a failure; the third in a row is told, once."""
+        """Count a failure; the third in a row logs a warning."""
         self.is_met.set()
         self.lost_by = error
         self.failures += 1
@@ -88,44 +91,44 @@ class Endpoint:
             logger.warning("%s stays away (%s); others, if any, take its share", self.url, error)
 
     def answered(self) -> None:
-        """Take note of an answer to a request."""
+        """Forget the failures: it answered a request."""
         self.failures, self.away_since = 0, None
 
     @property
     def away_seconds(self) -> float:
-        """Seconds without an answer; 0 while it may be at work on one."""
+        """Seconds after its first failure in a row; 0 while it gets or computes requests."""
         if self.away_since is None or self.in_flight or self.is_open.is_set():
             return 0.0
         return time.monotonic() - self.away_since
 
     def story(self) -> str:
-        """Return since when it is away, and why."""
+        """Return a phrase for errors: its URL, since when it is away, and why."""
         begun = datetime.now(UTC) - timedelta(seconds=self.away_seconds)
         return f"{self.url} since {begun:%Y-%m-%d %H:%M:%S} UTC ({self.lost_by})"
 
     def pause(self, patience: float) -> float:
         """Return the seconds until the next attempt.
 
-        Exponential with full jitter, or what the server asks for. The last attempt before patience
-        ends falls on its end.
+        They are random below a bound that doubles with each failure, and at least what the server
+        asked for. An attempt that would come after the end of `patience` comes at its end.
         """
         assert self.lost_by is not None
         longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self.failures - 1, 16))
-        # When to ask again changes no answer, so this is no keyed draw.
+        # This draw needs no key: the time of an attempt changes no answer.
         pause = max(random.uniform(0.0, longest), self.lost_by.wait)
         left = patience - self.away_seconds
         return min(pause, left) if left > 0 else pause
 
 
 def connect(timeout: float) -> httpx2.AsyncClient:
-    """Return a client for endpoints; an answer may take `timeout` seconds."""
+    """Return a client for endpoints that waits `timeout` seconds for an answer."""
     key = os.environ.get(API_KEY)
     return httpx2.AsyncClient(
         headers={"Authorization": f"Bearer {key}"} if key else {},
         timeout=httpx2.Timeout(timeout, connect=CONNECT_SECONDS, pool=None),
-        # A transport of our own: endpoints are reached directly, whatever proxies are set.
+        # A transport of our own ignores proxy settings: endpoints are reached directly.
         transport=httpx2.AsyncHTTPTransport(
-            # vLLM closes idle connections after 5 s; ours close before, without a race.
+            # vLLM closes idle connections after 5 s. Closing them earlier avoids a race.
             limits=httpx2.Limits(keepalive_expiry=2.0),
             socket_options=KEEPALIVE,
         ),
@@ -139,8 +142,9 @@ async def send(
     """Return the JSON that an endpoint answers.
 
     Raises:
-        Unavailable: broken connection, 429, 5xx, or an answer that is no JSON: ask again later.
-        UserError: any other refusal, with the server's own words.
+        Unavailable: the connection broke, the status is 429 or 5xx, or the answer is not JSON; ask
+            again later.
+        UserError: any other status from 300, with the server's own words.
     """
     try:
         response = await client.request(method, url, json=body)
@@ -154,7 +158,7 @@ async def send(
         said = _message(response)
         hint = f" Set ${API_KEY} to its key." if status in (401, 403) else ""
         if status == 400 and "not JSON compliant" in said:
-            # vLLM's words where an answer would hold NaN
+            # vLLM says this when an answer would hold NaN.
             hint = f" {NOT_FINITE}"
         raise UserError(f"{url} refused {what} with HTTP {status}: {said}.{hint}")
     try:
@@ -164,7 +168,7 @@ async def send(
 
 
 def _message(response: httpx2.Response) -> str:
-    """Return what the server says of its refusal, in OpenAI's form or else the beginning of it."""
+    """Return the server's error message in OpenAI's form, or else the beginning of its answer."""
     try:
         return str(response.json()["error"]["message"]).rstrip(".")
     except (ValueError, KeyError, TypeError):
@@ -172,7 +176,7 @@ def _message(response: httpx2.Response) -> str:
 
 
 def _retry_after(response: httpx2.Response) -> float:
-    """Return the seconds that the header Retry-After asks for, given as such or as a date."""
+    """Return the seconds that the header Retry-After states, as a number or as a date; else 0."""
     text = response.headers.get("retry-after", "0")
     try:
         return float(max(0, int(text)))
@@ -185,6 +189,6 @@ def _retry_after(response: httpx2.Response) -> float:
 
 
 def short(value: Any) -> str:
-    """Return what an endpoint answered, as JSON, or its beginning."""
+    """Return the first 200 characters of an endpoint's answer, as text or JSON."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,4 +1,4 @@
-"""Finished answers of one `decode` call on disk, so that a killed call asks only for the rest."""
+"""Finished answers of one `decode` call on disk, so that a repeated call asks only for the rest."""
 
 import dataclasses
 import hashlib
@@ -13,10 +13,10 @@ from rso.files import writing
 
 
 class Journal:
-    """Answers by number of the request, a JSON line each; a context manager that appends.
+    """Answers by the number of the request, one JSON line each; a context manager that appends.
 
-    The file's name is the SHA-256 of what determines the answers (sampling, seed, prompt ids and
-    tokens), so a call finds what an equal call of the same model left, and nothing else.
+    The name of the file is the SHA-256 of sampling, seed, prompt ids and tokens. So a call finds
+    only the answers of an equal call. The model is not in the name: use one folder per model.
     """
 
     def __init__(
@@ -28,11 +28,11 @@ class Journal:
         self.path = os.path.join(directory, f"{name}.jsonl")
 
     def __enter__(self) -> "Journal":
-        """Read what is there and open the file for more."""
+        """Read the answers on disk, and open the file to append more."""
         self._file: BinaryIO = open(self.path, "a+b")
         self._file.seek(0)
         content = self._file.read()
-        # A kill in the middle of a line leaves it without its end: that answer is asked for again.
+        # A kill can leave the last line unfinished. Drop it: its answer is asked for again.
         whole = content[: content.rfind(b"\n") + 1]
         self._file.truncate(len(whole))
         self.answers: dict[int, list[Decoded]] = {}
@@ -47,11 +47,11 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the file, which stays."""
+        """Close the file, and keep it."""
         self._file.close()
 
     def add(self, index: int, responses: list[Decoded]) -> None:
-        """Keep the answers to one request; once this returns, killing the process loses nothing."""
+        """Keep the answers to one request; after this returns, a killed process keeps them."""
         self.answers[index] = responses
         with writing(self.path):
             self._file.write(json.dumps([index, responses]).encode() + b"\n")

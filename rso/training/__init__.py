@@ -1,6 +1,6 @@
 """The three trainers: supervised fine-tuning, the pairwise ranker, and the policy.
 
-`steps` fixes beforehand what every optimiser step consists of, `loading` brings the model and
-`adapters` what alone is trained of it, `base` runs the steps on `transformers.Trainer`, and
-`selection` keeps the best checkpoint; `sft`, `ranker` and `policy` bring their rows and losses.
+`steps` plans the optimiser steps before training. `loading` prepares the model, and `adapters` adds
+low-rank adapters to it. `base` runs the steps on `transformers.Trainer`. `selection` keeps the best
+checkpoint. `sft`, `ranker` and `policy` define the rows and losses of the three trainers.
 """

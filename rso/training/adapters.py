@@ -1,4 +1,4 @@
-"""Low-rank adapters by PEFT, and whole weights with the adapters merged."""
+"""Low-rank adapters by PEFT, and the merged weights of a model with adapters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,12 +18,14 @@ _PREFIX = "base_model.model."
 
 
 def add_adapters(model: PreTrainedModel, settings: Optimisation, seed: int, *, where: str) -> Any:
-    """`model` with adapters as `settings.lora` says, which alone are trained, in float32.
+    """`model` with the adapters of `settings.lora`; only the adapters are trained.
 
-    They begin as `seed` says, with an update of zero.
+    `seed` determines their initial weights. Their initial update is zero. Adapters are float32, and
+    so is the rest of the model unless it is quantised.
 
     Raises:
-        UserError: parts are to be frozen too, or no layer has one of the names.
+        UserError: the settings freeze parts too, no layer has any of the names, or a layer with one
+            of the names is not linear.
     """
     lora = settings.lora
     assert lora is not None
@@ -64,10 +66,10 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def merged_state(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the model under the adapters, each adapter's update added; names as there.
+    """The weights of the model without adapters, with each adapter's update added to its layer.
 
-    `state` is the whole state of the adapted model. Nothing in memory is changed: merging in place
-    and taking it out again would leave rounding behind.
+    The names are those of the model without adapters. `state` has all weights of the adapted model.
+    No weight in memory changes: to merge in place and then undo it would leave rounding errors.
     """
     merged = {
         name.removeprefix(_PREFIX).replace(".base_layer.", "."): tensor
@@ -84,7 +86,7 @@ def merged_state(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             base: Any = module.get_base_layer()
             is_quantised = merged[place].dtype != torch.float32
             weight = dequantize_module_weight(base).float() if is_quantised else merged[place]
-            # GPT-2 keeps its weights as [in, out].
+            # GPT-2 has weights [in, out].
             is_transposed = getattr(module, "fan_in_fan_out", False)
             merged[place] = weight + (update.T if is_transposed else update)
     return merged

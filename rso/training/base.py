@@ -1,7 +1,7 @@
-"""What all trainers share: prepared steps run by `transformers.Trainer`.
+"""What all trainers share: `transformers.Trainer` runs optimiser steps that are planned beforehand.
 
-One element of the data set is one whole optimiser step, so the step count, the schedule, clipping,
-logging and resuming of `Trainer` are exact; `training_step` walks the micro-batches.
+Each element of `Trainer`'s dataset is one whole optimiser step. So its step count, schedule,
+clipping, logging and resuming are exact. `training_step` runs the micro-batches of the step.
 """
 
 import functools
@@ -52,12 +52,14 @@ class TrainingDiverged(UserError):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a training went.
+    """The curve of a training and its totals.
 
-    `curve` has one entry an optimiser step: `step`, `loss` (mean over its items; before the
-    update), `grad_norm` (before clipping), `learning_rate`, `num_items`, `num_tokens`, `seconds`,
-    and the trainer's own figures. `num_tokens` counts shared prefixes once; `seconds` is the time
-    within steps, those before an interruption included.
+    `curve` has one entry per optimiser step: `step`, `loss` (the summed loss divided by
+    `Step.divisor`, before the update), `grad_norm` (before clipping), `learning_rate`, `num_items`,
+    `num_tokens`, `seconds`, and the figures of the trainer (means over items).
+
+    `num_tokens` counts a shared prefix once. `seconds` is the time within steps. Both totals
+    include the steps before an interruption.
     """
 
     num_steps: int
@@ -67,16 +69,20 @@ class TrainingResult:
 
 
 class Sums(NamedTuple):
-    """A micro-batch: summed loss (scalar, with graph) and figures summed over its items."""
+    """The loss of a micro-batch (scalar, with graph) and its figures, summed over its items."""
 
     loss: Tensor
     figures: Mapping[str, float]
 
 
 class PrefixTrainer(Trainer, Generic[ExampleT]):
-    """A `Trainer` over prepared steps of shared-prefix rows; subclasses give `sums`.
+    """A `Trainer` over planned steps of shared-prefix rows; a subclass implements `sums`.
 
-    Dropout is as the model's configuration says, unless a subclass trains without.
+    Dropout follows the model's configuration, unless a subclass sets `has_dropout` to False. `what`
+    names the stage in messages.
+
+    Raises:
+        UserError: the settings do not fit the model or one another, or a reporter is not installed.
     """
 
     has_dropout = True
@@ -117,7 +123,7 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         self._checkpoint_steps = settings.checkpoint_steps
 
     def sums(self, model: PreTrainedModel, examples: Sequence[ExampleT]) -> Sums:
-        """Loss and figures of one micro-batch, summed over its items."""
+        """The loss and the figures of one micro-batch, summed over its items."""
         raise NotImplementedError
 
     def collate(self, examples: Sequence[ExampleT]) -> Batch:
@@ -125,7 +131,12 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         return batch_of([e.row for e in examples], self.network)
 
     def run(self) -> TrainingResult:
-        """Train, going on from the newest checkpoint in the work directory."""
+        """Train, starting from the newest checkpoint in the work directory if there is one.
+
+        Raises:
+            TrainingDiverged: a loss or a gradient is not finite.
+            UserError: the disk is full.
+        """
         total = sum(step.num_tokens for step in self.steps)
         checkpoint = last_checkpoint(self.work_directory)
         with progress(self.what, total=total, unit="tokens") as bar:
@@ -145,10 +156,10 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Loss of one optimiser step (scalar, detached), its gradients accumulated.
+        """The loss of one optimiser step (scalar, detached); its gradients are accumulated.
 
         Raises:
-            TrainingDiverged: a micro-batch has a loss that is not finite.
+            TrainingDiverged: the loss is not finite.
         """
         self._started = time.monotonic()
         step: Step[ExampleT] = inputs["step"]
@@ -159,12 +170,12 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         batches = [*share.micro_batches, *share.stand_ins]
         losses, figures = [], Counter[str]()
         for number, examples in enumerate(batches):
-            # Gradients meet once a step, with the last micro-batch.
+            # Processes exchange gradients once per step, in the last micro-batch.
             is_last = number == len(batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 sums: Sums = model(examples=examples)
                 counts = number < len(share.micro_batches)
-                # Processes average their gradients, and ours are to be summed.
+                # Processes average their gradients, but the step needs the sum.
                 weight = counts * num_processes / step.divisor
                 self.accelerator.backward(sums.loss * weight)
             if counts:
@@ -178,7 +189,7 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         return torch.tensor(loss, device=self.args.device)
 
     def _summed(self, figures: Mapping[str, float], step: Step[ExampleT]) -> dict[str, float]:
-        """Figures summed over processes; those of no row of this one are missing, so zero."""
+        """Figures summed over processes; a process without rows in this step has none."""
         if self.accelerator.num_processes == 1:
             return dict(figures)
         everyone = gather_object([dict(figures)])
@@ -188,11 +199,13 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         }
 
     def get_train_dataloader(self) -> DataLoader[Step[ExampleT]]:
-        """The steps in order, all of them in every process."""
+        """The steps in order; every process gets all of them."""
         return DataLoader(self.steps, batch_size=1, shuffle=False, collate_fn=_only)
 
     def write(self, directory: str | Path) -> None:
-        """Write the model as it is now, in its dtype; all processes call it, the first one writes.
+        """Write the current model, adapters merged, in `weights_dtype`.
+
+        Every process must call this; only the first one writes.
 
         Raises:
             UserError: the disk is full.
@@ -207,13 +220,13 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         self.accelerator.wait_for_everyone()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the figures of the step to its entry in the history."""
+        """Add the figures of the step to its entry in the log history."""
         if "loss" in logs:
             logs.update(self._figures, seconds=time.monotonic() - self._started)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Zero: `Trainer`'s estimate wants one tensor of inputs, which a step has not."""
+        """Zero, because `Trainer`'s estimate needs one tensor of inputs and a step has none."""
         return 0
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -229,7 +242,7 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         for loss, examples in zip(losses, share.micro_batches, strict=True):
             if not math.isfinite(loss):
                 raise self._diverged(f"the loss is {loss}", [e.prompt_id for e in examples])
-        # Another process has the batch; all stop at this step.
+        # The micro-batch is in another process. All processes stop at this step.
         raise self._diverged(f"the loss is {total}", step.prompt_ids)
 
     def _diverged(self, found: str, prompt_ids: Sequence[str]) -> TrainingDiverged:
@@ -246,9 +259,9 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
         return str(self.work_directory / _PARTIAL)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside, rename it, then drop the older ones.
+        """Write a checkpoint aside, rename it, then delete the older ones.
 
-        So that a kill or a full disk at any moment leaves the newest whole checkpoint in place.
+        After a kill or a full disk at any moment, the newest complete checkpoint is still there.
         """
         partial = self.work_directory / _PARTIAL
         if self.is_world_process_zero():
@@ -267,7 +280,10 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
 
 
 class _Watch(TrainerCallback):
-    """Shows progress and says when a checkpoint is due: never at the end, which saves the model."""
+    """Shows progress and decides when to write a checkpoint.
+
+    The last step writes none, because the model itself is written then.
+    """
 
     def __init__(self, trainer: PrefixTrainer[Any], bar: progress) -> None:
         self._trainer, self._bar = trainer, bar
@@ -289,12 +305,12 @@ class _Watch(TrainerCallback):
 
 
 def batch_of(rows: Sequence[Row], model: PreTrainedModel) -> Batch:
-    """The rows as tensors on the device of `model`."""
+    """The rows as one batch on the device of `model`."""
     return collate(rows, device=model.device)
 
 
 def last_checkpoint(work_directory: Path) -> Path | None:
-    """The newest whole checkpoint; None where there is none."""
+    """The newest complete checkpoint; None if there is none."""
     whole = [c for c in _checkpoints(work_directory) if _is_whole(c)]
     return max(whole, key=_step_of, default=None)
 
@@ -327,12 +343,12 @@ def _answer_examples(model: nn.Module, sums: Callable[..., Sums]) -> None:
     def answer(*args: Any, examples: Sequence[Any] | None = None, **kwargs: Any) -> Any:
         return forward(*args, **kwargs) if examples is None else sums(model, examples)
 
-    # Trainer reads the arguments of forward.
+    # Trainer reads the signature of `forward`.
     model.forward = functools.update_wrapper(answer, forward)
 
 
 def _whole_state(network: nn.Module, accelerator: Any, wrapped: nn.Module) -> dict[str, Tensor]:
-    """All weights; where processes hold parts of them, gathered in the first process alone."""
+    """All weights. If processes hold parts of them, only the first process gets them all."""
     if accelerator.num_processes > 1:
         state: dict[str, Tensor] = accelerator.get_state_dict(wrapped)
         return state
@@ -341,7 +357,7 @@ def _whole_state(network: nn.Module, accelerator: Any, wrapped: nn.Module) -> di
 
 @contextmanager
 def _room_on_disk(path: str | Path, what: str) -> Iterator[None]:
-    """Turn the failure of a full disk, which every library words in its own way, into a sentence.
+    """Turn the error of a full disk into a clear message; every library words it differently.
 
     Raises:
         UserError: the disk is full.
@@ -362,7 +378,7 @@ def _room_on_disk(path: str | Path, what: str) -> Iterator[None]:
 
 
 def _check_reporters(settings: Optimisation) -> None:
-    # By default it would log into the work directory, which is gone when the stage is done.
+    # By default TensorBoard logs to the work directory, which is deleted when the stage is done.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", "logs")
     missing = [name for name in settings.report_to if importlib.util.find_spec(name) is None]
     if missing:
@@ -397,14 +413,14 @@ def _arguments(
         report_to=list(settings.report_to) or "none",
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        # While the first process evaluates, the others wait.
+        # The other processes wait while the first one evaluates.
         ddp_timeout=7 * 24 * 3600,
         disable_tqdm=True,
         log_level="error",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    # Several GPUs are used by several processes; in one, Trainer would split a step between them.
+    # Every process uses one GPU. With more, Trainer would split a step between them.
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments

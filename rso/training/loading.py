@@ -1,8 +1,8 @@
-"""Models as training takes them: loaded, frozen or adapted, without dropout, under autocast.
+"""Prepare models for training: load, freeze, add adapters, switch dropout off, set autocast.
 
-Weights in training are float32. Where `compute.dtype` is bfloat16, matrix products compute in it
-by autocast, which on a CPU took 0.7 of the time of bfloat16 weights with float32 masters
-(SmolLM2-135M, 8 × 130 tokens, one core), and the model is written in bfloat16.
+Trained weights are float32. If `compute.dtype` is bfloat16, autocast computes matrix products in
+bfloat16, and the model is written in bfloat16. On a CPU autocast took 0.7 of the time of bfloat16
+weights with float32 masters (SmolLM2-135M, 8 × 130 tokens, one core).
 """
 
 import os
@@ -21,7 +21,13 @@ from rso.training.adapters import add_adapters
 def trainable(
     model: PreTrainedModel, settings: Optimisation, seed: int, *, where: str
 ) -> PreTrainedModel:
-    """`model` in float32 with its frozen parts, or with adapters that are all there is to train."""
+    """`model` in float32 with some parts frozen, or with adapters, which alone are trained.
+
+    With `lora.quantise` the quantised weights stay quantised. `where` names the stage in messages.
+
+    Raises:
+        UserError: the settings do not fit the model or one another.
+    """
     if settings.lora is not None:
         return add_adapters(model, settings, seed, where=where)
     freeze(model, settings, where=where)
@@ -29,7 +35,7 @@ def trainable(
 
 
 def weights_dtype(compute: Compute) -> torch.dtype:
-    """The type of weights as loaded and written; `compute.dtype` is resolved, never auto."""
+    """The dtype in which models are loaded and written; `compute.dtype` must not be auto."""
     assert compute.dtype != "auto", "resolve the config before training"
     return torch.bfloat16 if compute.dtype == "bfloat16" else torch.float32
 
@@ -37,17 +43,20 @@ def weights_dtype(compute: Compute) -> torch.dtype:
 def load(
     location: str, compute: Compute, lora: Lora | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model at `location` in the type of `compute` on the training device; its tokenizer.
+    """The model at `location` in evaluation mode on the training device, and its tokenizer.
 
-    In 4 bits where `lora` says so.
+    The model has `weights_dtype`, or 4-bit linear layers if `lora.quantise` is set.
+
+    Raises:
+        UserError: there is no such model or tokenizer, or this machine cannot load it.
     """
-    # Bars of loading and saving would break into the bar of the training.
+    # Progress bars of loading and saving would interrupt the progress bar of the training.
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(location)
     model = load_model(
         location,
         dtype=weights_dtype(compute),
-        # A process of several has its own GPU, which no library has chosen yet.
+        # Each of several processes has its own GPU. No library has selected it yet.
         device="cpu" if on_cpu(compute) else f"cuda:{os.environ.get('LOCAL_RANK', 0)}",
         attention=compute.attention,
         quantise=lora is not None and lora.quantise != "none",
@@ -56,10 +65,10 @@ def load(
 
 
 def freeze(model: PreTrainedModel, settings: Optimisation, *, where: str) -> None:
-    """Take the frozen parts out of training, so that backward stops at the lowest trained layer.
+    """Freeze the parts that `settings` name, so that backward stops at the lowest trained layer.
 
     Raises:
-        UserError: there are fewer layers than `freeze_layers`.
+        UserError: the model has fewer layers than `freeze_layers`.
     """
     stacks = _layers(model)
     most = min(map(len, stacks))
@@ -77,7 +86,10 @@ def freeze(model: PreTrainedModel, settings: Optimisation, *, where: str) -> Non
 
 
 def drop_nothing(model: nn.Module) -> None:
-    """Switch dropout off and leave training mode on, which gradient checkpointing asks for."""
+    """Set every dropout rate to 0.
+
+    Training mode stays on, because gradient checkpointing needs it.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -87,9 +99,10 @@ def drop_nothing(model: nn.Module) -> None:
 
 
 def autocast(model: PreTrainedModel) -> None:
-    """Let the decoder, the encoder where there is one, and the head compute in bfloat16.
+    """Let the decoder, the encoder if there is one, and the head compute in bfloat16.
 
-    Not the whole step: the ranker projects on its two labels in float32 by the head's weights.
+    Autocast does not cover the whole step, because the ranker computes the logits of its two labels
+    from the head's weights in float32.
     """
     modules = [model.get_decoder(), model.get_output_embeddings()]
     if model.config.is_encoder_decoder:
@@ -99,12 +112,12 @@ def autocast(model: PreTrainedModel) -> None:
 
 
 def on_cpu(compute: Compute) -> bool:
-    """Whether training runs on the CPU: by choice, or for want of a GPU."""
+    """Whether training runs on the CPU: `compute.device` is cpu, or there is no GPU."""
     return compute.device == "cpu" or not torch.cuda.is_available()
 
 
 def _layers(model: PreTrainedModel) -> list[nn.ModuleList]:
-    """Layers from the lowest: of the decoder, or of the encoder and of the decoder."""
+    """The stacks of layers, lowest layer first: of the decoder, or of encoder and decoder."""
     if model.config.is_encoder_decoder:
         return [model.get_encoder().block, model.get_decoder().block]
     return [model.get_decoder().layers]

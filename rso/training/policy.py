@@ -1,6 +1,6 @@
-"""Training of the policy: on labelled pairs (eq. 1, 8, 9, 10, RRHF) or on new targets.
+"""Train the policy on labelled pairs (eq. 1, 8, 9, 10, RRHF) or on new targets (RAFT, ReST).
 
-The checkpoint that the ranker prefers is kept, whatever the loss.
+With every loss, the checkpoint that the ranker prefers is kept.
 """
 
 import math
@@ -36,11 +36,14 @@ from rso.training.steps import Example, Steps, by_prompt, micro_batches, plan_st
 WHAT = "train_policy"
 ReferenceLogps = Mapping[tuple[str, str], float]
 Evaluate = Callable[[PreTrainedModel], Sequence[float]]
-"""The ranker's margins of a policy's answers over other answers, [prompt], nats."""
+"""Takes a policy; returns the ranker's margins of its answers over others, [prompt], nats."""
 
 
 class PolicyPair(NamedTuple):
-    """Two responses to a prompt, the first preferred, with the tokens to be scored."""
+    """Two responses to a prompt with their token ids; `chosen` is the preferred one.
+
+    `label_probability` is the probability that this preference is right.
+    """
 
     prompt_id: str
     prompt: str
@@ -53,10 +56,11 @@ class PolicyPair(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The policy's answers after `step` optimiser steps against others, by the ranker's margins.
+    """The ranker compares the policy's answers after `step` optimiser steps with other answers.
 
-    `win_rate` counts verdicts, ties as halves. `mean_probability` is the mean over prompts of the
-    probability that the policy's answer is better, `mean_margin` that of the margin, nats.
+    `win_rate` is the share of prompts won, ties one half. `mean_probability` is the mean over
+    prompts of the probability that the policy's answer is better. `mean_margin` is the mean over
+    prompts of the ranker's margin, nats.
     """
 
     step: int
@@ -66,9 +70,10 @@ class Evaluation:
 
 
 class Lead(NamedTuple):
-    """How far the kept checkpoint leads the runner-up, the one of `step`.
+    """How far the kept checkpoint leads the next best one, which has `step` optimiser steps.
 
-    `difference` is that of their mean probabilities, paired over prompts, with its interval.
+    `difference` is the kept checkpoint's mean probability minus that of the other, with an interval
+    paired over prompts.
     """
 
     step: int
@@ -77,11 +82,11 @@ class Lead(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """How the training went and which checkpoint was kept.
+    """The result of a training, and which checkpoint was kept.
 
-    `step_zero_difference` is the largest |policy - reference| log-prob, nats a token, before
-    training; None where the check was not made (by the caller's wish or after an interruption).
-    `lead` is None with fewer than two evaluations.
+    `step_zero_difference` is the result of `check_step_zero`. It is None without that check: after
+    an interruption, for new targets, or with `starts_as_reference` False. `lead` is None with fewer
+    than two evaluations.
     """
 
     training: TrainingResult
@@ -92,17 +97,18 @@ class PolicyResult:
 
     @property
     def selected(self) -> Evaluation | None:
-        """The evaluation of the kept checkpoint; None where there was no evaluation."""
+        """The evaluation of the kept checkpoint; None if there was no evaluation."""
         return next((e for e in self.evaluations if e.step == self.selected_step), None)
 
 
 @dataclass(frozen=True)
 class PolicyExample(Example):
-    """Pairs of one prompt: branch numbers (chosen, rejected) of its row.
+    """Pairs of one prompt; the branches of its row are the responses.
 
-    `reference_logps` are those of the branches, nats, summed over tokens; `label_probabilities`
-    those of the pairs. With `has_target` the row's last branch is the prompt's fine-tuning target,
-    in no pair and without a reference log-prob.
+    `pairs` are branch numbers (chosen, rejected), and each pair has one of `label_probabilities`.
+    `response_ids` and `reference_logps` (nats, summed over tokens) have one entry per response.
+    With `has_target` the row has one more branch, the last: the prompt's fine-tuning target. It is
+    in no pair and has no reference log-prob.
     """
 
     response_ids: tuple[str, ...]
@@ -113,7 +119,10 @@ class PolicyExample(Example):
 
 
 class Side(NamedTuple):
-    """The chosen or the rejected responses of some pairs: summed log-probs and tokens, [pair]."""
+    """The chosen or the rejected responses of some pairs; every field is [pair].
+
+    `policy` and `reference` are log-probs, nats, summed over tokens.
+    """
 
     policy: Tensor
     reference: Tensor
@@ -123,14 +132,17 @@ class Side(NamedTuple):
 class PolicyTrainer(PrefixTrainer[PolicyExample]):
     """A preference loss over pairs whose responses are branches of their prompt's row.
 
-    Without dropout, since the reference log-probs that the policy is compared with have none.
+    There is no dropout, because the reference log-probs are computed without it.
     """
 
     has_dropout = False
     loss: TrainPolicy
 
     def sums(self, model: PreTrainedModel, examples: Sequence[PolicyExample]) -> Sums:
-        """The loss summed over pairs; `margin` (nats) is normalised by the reference policy."""
+        """The loss, and the figures `accuracy` and `margin` (nats), summed over pairs.
+
+        The margin is normalised by the reference policy. Accuracy counts a margin of 0 one half.
+        """
         rows = branch_logps(model, self.collate(examples))
         sides, targets = _sides(examples, rows)
         chosen, rejected = sides
@@ -160,18 +172,22 @@ def train_policy(
 ) -> PolicyResult:
     """Train the model at `init_directory` on `pairs` and write the best checkpoint.
 
-    `reference_logps` maps (prompt_id, response_id) to the summed log-prob, nats, under the
-    reference policy, `targets` a prompt_id to its fine-tuning target (for `regularisation`). The
-    loss of a step is the mean over its `batch_size` pairs. `evaluate` gives the ranker's margins of
-    a model in evaluation mode. Of `num_evaluations` evenly spaced checkpoints the one with the
-    highest mean probability is written; of equals the one with the larger mean margin, and of those
-    the first. Without `evaluate` the last checkpoint is written. Goes on from a checkpoint in
-    `work_directory`.
+    `reference_logps` maps (prompt_id, response_id) to the log-prob under the reference policy,
+    nats, summed over tokens. `targets` maps a prompt_id to its fine-tuning target, which
+    `regularisation` needs. The loss of a step is the mean over its pairs.
+
+    `evaluate` takes a model in evaluation mode and returns the ranker's margins. Of
+    `num_evaluations` evenly spaced checkpoints the one with the highest mean probability is
+    written. Among equals it is the one with the largest mean margin, then the first. Without
+    `evaluate` the model after the last step is written. Training continues from a checkpoint in
+    `work_directory` if there is one.
 
     Raises:
-        UserError: no pairs, a missing reference log-prob or target, an empty response, or, where
-            the policy `starts_as_reference`, a response whose log-prob is not the reference's.
-        TrainingDiverged: the loss is not finite.
+        UserError: there are no pairs, a response is empty, a reference log-prob or a target is
+            missing, the settings do not fit the model, or the disk is full. With
+            `starts_as_reference` also if `check_step_zero` fails.
+        TrainingDiverged: a loss or a gradient is not finite.
+        ValueError: a margin of `evaluate` is NaN.
     """
     _check(pairs, reference_logps)
     wanted = _targets_of(pairs, targets or {}) if settings.regularisation else {}
@@ -218,12 +234,13 @@ def train_policy_on_targets(
 ) -> PolicyResult:
     """Fine-tune the model at `init_directory` on selected responses (RAFT, ReST; section 5).
 
-    The loss is that of `train_sft`, the checkpoint is chosen as in `train_policy`, and there is no
-    check at step 0, since no reference policy takes part.
+    The loss is the loss of `train_sft`. The checkpoint is chosen as in `train_policy`. There is no
+    check at step 0, because the loss has no reference policy.
 
     Raises:
-        UserError: no rows, or settings that do not fit the model.
-        TrainingDiverged: the loss is not finite.
+        UserError: there are no rows, the settings do not fit the model, or the disk is full.
+        TrainingDiverged: a loss or a gradient is not finite.
+        ValueError: a margin of `evaluate` is NaN.
     """
     model, tokenizer = load(init_directory, compute, settings.lora)
     trainer = sft_trainer(
@@ -244,7 +261,10 @@ def train_policy_on_targets(
 def pair_losses(
     settings: TrainPolicy, chosen: Side, rejected: Side, label_probability: Tensor
 ) -> Tensor:
-    """The loss of each pair [pair], softened where labels are; `label_probability` is [pair]."""
+    """The loss of each pair, [pair], with soft labels or label smoothing if `settings` ask for it.
+
+    `label_probability` is [pair]; only soft labels use it.
+    """
     loss = _loss(settings, chosen, rejected)
     if not (settings.soft_labels or settings.label_smoothing):
         return loss
@@ -267,7 +287,7 @@ def _loss(settings: TrainPolicy, chosen: Side, rejected: Side) -> Tensor:
 
 
 def regulariser_strength(settings: TrainPolicy) -> float:
-    """lambda, scaled by gamma where the loss is (eq. 1 and 9)."""
+    """lambda times gamma (eq. 1 and 9), or lambda for rrhf, which has no gamma."""
     return settings.regularisation * (1.0 if settings.loss == "rrhf" else settings.gamma)
 
 
@@ -277,12 +297,12 @@ def check_step_zero(
     examples: Sequence[PolicyExample],
     settings: TrainPolicy,
 ) -> float:
-    """Largest |policy - reference| log-prob over all responses, nats a token, before training.
+    """The largest |policy - reference| log-prob over all responses, nats per token.
 
-    `model` is in evaluation mode and in the type that computed the reference log-probs.
+    `model` must be in evaluation mode and in the dtype that computed the reference log-probs.
 
     Raises:
-        UserError: it exceeds `step_zero_tolerance`; the message names the response.
+        UserError: the result exceeds `step_zero_tolerance`. The message names the response.
     """
     worst, where = -1.0, ""
     for batch in micro_batches(examples, settings.token_budget):
@@ -328,7 +348,7 @@ def _selection(
 
 
 def judged(margins: Sequence[float]) -> Judged:
-    """The figures of `Evaluation` from the margins of all prompts, and each prompt's probability.
+    """The figures of `Evaluation`, and the probability of each prompt, from the prompts' margins.
 
     Raises:
         ValueError: a margin is NaN.
@@ -369,7 +389,7 @@ def _lead(selection: Selection, seed: int) -> Lead | None:
 
 
 class _Rows:
-    """Pairs as rows: a prompt once, each of its distinct responses a branch."""
+    """Turns the pairs of a prompt into one row: each distinct response is one branch."""
 
     def __init__(
         self,
@@ -415,9 +435,10 @@ class _Rows:
 def _sides(
     examples: Sequence[PolicyExample], rows: Sequence[Tensor]
 ) -> tuple[tuple[Side, Side], Tensor]:
-    """Both sides of all pairs, and the log-prob of each pair's target [pair], if there are any.
+    """Both sides of all pairs, and the log-prob of each pair's target [pair], nats.
 
-    `rows` are the summed log-probs of the branches of each example.
+    The log-probs of targets mean nothing for an example without `has_target`. `rows` are the summed
+    log-probs of the branches of each example.
     """
     device = rows[0].device
     policy = torch.cat(list(rows))

@@ -1,4 +1,4 @@
-"""Training of the pairwise ranker on comparisons."""
+"""Train the pairwise ranker on comparisons."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from rso.training.steps import Example, Steps, by_prompt, choose, micro_batches,
 
 
 class LabelledComparison(NamedTuple):
-    """Two responses to a prompt and which is preferred."""
+    """Two responses to a prompt; `chosen` is the preferred one. `weight` multiplies its loss."""
 
     prompt_id: str
     comparison_id: str
@@ -40,10 +40,12 @@ class LabelledComparison(NamedTuple):
 
 @dataclass(frozen=True)
 class RankerResult:
-    """How the training went and how good the ranker is.
+    """The result of a training, and the quality of the ranker that was written.
 
-    `held_out` and `each_order` are None without validation. `evaluations` are those that chose the
-    checkpoint: step, accuracy and loss on validation.
+    `held_out` and `each_order` are None without validation comparisons. `num_truncated` counts
+    prompts whose ranker context was cut, in training and in validation. `evaluations` have `step`,
+    `accuracy` and `held_out_loss` of each checkpoint that was compared; [] if `num_evaluations` is
+    1.
     """
 
     training: TrainingResult
@@ -56,11 +58,12 @@ class RankerResult:
 
 @dataclass(frozen=True)
 class RankerExample(Example):
-    """The comparisons of a prompt, all of them in one order or all in both.
+    """The comparisons of a prompt, each in one order or each in both orders.
 
-    Branches are those of the first comparison, then those of the next. Where `signs[i]` is +1 the
-    chosen response is in slot A of branch i, where it is -1 in slot B. Of both orders that with the
-    chosen response in slot A comes first.
+    The row has the branches of the first comparison, then those of the next. A branch is one order
+    of a comparison. The chosen response of branch i is in slot A if `signs[i]` is +1, and in slot B
+    if it is -1. Of both orders, the one with the chosen response in slot A comes first. `weights`
+    has one entry per comparison.
     """
 
     signs: tuple[float, ...]
@@ -68,13 +71,17 @@ class RankerExample(Example):
 
 
 class RankerTrainer(PrefixTrainer[RankerExample]):
-    """Logistic loss by `orders` and the bias penalty, times the weights of the comparisons."""
+    """The logistic loss of `orders` plus the bias penalty, times the weight of the comparison."""
 
     label_ids: LabelIds
     settings: TrainRanker
 
     def sums(self, model: PreTrainedModel, examples: Sequence[RankerExample]) -> Sums:
-        """The weighted losses summed over comparisons; figures are those of the mean margin."""
+        """The weighted loss and the figures `accuracy` and `margin`, summed over comparisons.
+
+        `margin` (nats) is averaged over orders. `accuracy` counts a positive margin as one and a
+        margin of 0 as one half.
+        """
         z = margins(model, examples, self.label_ids)
         weights = torch.tensor([w for e in examples for w in e.weights], device=z.device)
         losses = LOSSES[self.settings.orders](z)
@@ -86,9 +93,9 @@ class RankerTrainer(PrefixTrainer[RankerExample]):
 
 
 def margin_loss(z: Tensor) -> Tensor:
-    """Return -log sigmoid(mean margin) [comparison], nats, of margins z [comparison, order].
+    """Return -log sigmoid(mean margin) [comparison], nats, for margins z [comparison, order].
 
-    It does not see the positional bias, which cancels in the mean of both orders.
+    The positional bias cancels in the mean of both orders, so the loss does not depend on it.
     """
     return -functional.logsigmoid(z.mean(dim=1))
 
@@ -96,8 +103,8 @@ def margin_loss(z: Tensor) -> Tensor:
 def mean_loss(z: Tensor) -> Tensor:
     """Return the mean over orders of -log sigmoid(margin) [comparison], nats.
 
-    The margins z are [comparison, order]. With both orders this is the expectation of the loss of
-    one random order, the paper's flip.
+    The margins z are [comparison, order]. With both orders the result is the expected loss of one
+    random order, the paper's flip.
     """
     return -functional.logsigmoid(z).mean(dim=1)
 
@@ -110,7 +117,10 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def slot_bias(z: Tensor) -> Tensor:
-    """Return (z_AB + z_BA) / 2 [comparison], nats, of margins z [comparison, 2]."""
+    """Return (z_AB + z_BA) / 2 [comparison], nats, for margins z [comparison, 2].
+
+    It is positive if the ranker favours slot A.
+    """
     return (z[:, 0] - z[:, 1]) / 2
 
 
@@ -119,10 +129,10 @@ def margins(
     examples: Sequence[RankerExample],
     label_ids: LabelIds,
 ) -> Tensor:
-    """Margin of chosen over rejected in each order [comparison, order], nats, fp32.
+    """Margins of chosen over rejected in each order, fp32 [comparison, order], nats.
 
-    A margin is logit_A - logit_B where the chosen response is in slot A, and minus that where it is
-    in slot B; of both orders they are z_AB and -z_BA.
+    A margin is logit_A - logit_B if the chosen response is in slot A, and logit_B - logit_A if it
+    is in slot B. The margins of both orders are z_AB and -z_BA.
     """
     batch = batch_of([e.row for e in examples], model)
     logits = last_logits(model, batch, label_ids)
@@ -145,16 +155,20 @@ def train_ranker(
 ) -> RankerResult:
     """Train the model at `init_directory` as a ranker, write it, and judge it on validation.
 
-    Comparisons whose split is `train` are learnt, those of `validation` are held out, others are
-    left alone. `what` names the stage in messages and keys its randomness. The loss of a step is
-    the sum of its weighted losses over its `batch_size` comparisons. With several
-    `num_evaluations` the checkpoint with the highest held-out accuracy is written, of equals the
-    one with the lowest loss, and `patience` may stop before the end. Goes on from a checkpoint in
-    `work_directory`.
+    Comparisons of the split `train` are used for training and those of `validation` are held out.
+    All others are ignored. `what` names the stage in messages and is part of the key of its
+    randomness. The loss of a step is the sum of the weighted losses of its comparisons, divided by
+    their number.
+
+    With more than one of `num_evaluations`, the checkpoint with the highest held-out accuracy is
+    written. Among equals it is the one with the lowest held-out loss, then the first. `patience`
+    may stop the training early. With one evaluation the model after the last step is written.
+    Training continues from a checkpoint in `work_directory` if there is one.
 
     Raises:
-        UserError: no comparisons, or settings that do not fit the model.
-        TrainingDiverged: the loss is not finite.
+        UserError: there are no training comparisons, there are several evaluations and no
+            validation comparisons, the settings do not fit the model, or the disk is full.
+        TrainingDiverged: a loss or a gradient is not finite.
     """
     training = [c for c in comparisons if c.split == "train"]
     validation = [c for c in comparisons if c.split == "validation"]
@@ -227,7 +241,11 @@ def train_ranker(
 
 
 class _Rows:
-    """Comparisons as rows: the context once, then the sides of every comparison in its orders."""
+    """Turns the comparisons of a prompt into one row: the context, then a branch for each order.
+
+    Without `flip` every comparison has both orders. With `flip`, which is a key, it has one random
+    order.
+    """
 
     def __init__(
         self,
@@ -244,7 +262,7 @@ class _Rows:
 
     @property
     def num_truncated(self) -> int:
-        """Contexts that were cut to `max_context_tokens`."""
+        """The number of contexts that were cut to `max_context_tokens`, one context per prompt."""
         return sum(context.num_cut > 0 for context in self._contexts.values())
 
     def build(self, items: Sequence[int]) -> list[RankerExample]:
@@ -283,7 +301,7 @@ def _held_out_margins(
     label_ids: LabelIds,
     token_budget: int,
 ) -> Tensor:
-    """Return `margins` of all comparisons in both orders, [comparison, 2], examples in order."""
+    """Return `margins` of all comparisons in both orders, [comparison, 2], in order of examples."""
     found: dict[int, Tensor] = {}
     for batch in micro_batches(examples, token_budget):
         z = margins(model, batch, label_ids).cpu()

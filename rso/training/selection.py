@@ -1,4 +1,4 @@
-"""The checkpoint that is kept: evaluated at planned steps, remembered over interruptions."""
+"""Evaluate checkpoints at planned steps and keep the best; a restarted training knows them all."""
 
 import json
 import math
@@ -19,7 +19,10 @@ Figures = Mapping[str, float]
 
 
 class Judged(NamedTuple):
-    """The figures of a model with a value for each item it was judged on, in one order."""
+    """The figures of a model, and one value per item that it was judged on.
+
+    The order of the items must be the same at every evaluation.
+    """
 
     figures: Figures
     values: Sequence[float]
@@ -30,14 +33,13 @@ _VALUES = "values"
 
 
 class Selection(TrainerCallback):
-    """Keeps the checkpoint whose figures rank highest; the first of equals.
+    """Keeps the checkpoint whose figures rank highest, and the first of those that rank equal.
 
-    `evaluate` gives the figures of a model in evaluation mode, loaded as it would be written, alone
-    or with the values that two checkpoints are compared by. `rank` turns the figures into what is
-    compared. With `patience`, training stops after so many evaluations that rank no higher than an
-    earlier one. Without `evaluate` the last state is kept.
-
-    `evaluations` has one entry for each evaluation: `step` and the figures.
+    Training writes the model at `num_evaluations` evenly spaced steps. `evaluate` takes the written
+    model, loaded again in evaluation mode. It returns figures, or figures with the values by which
+    two checkpoints are compared. `rank` turns figures into a tuple; the largest tuple ranks
+    highest. With `patience`, training stops once this many evaluations follow the best one. Without
+    `evaluate` the last state of the model is kept.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Selection(TrainerCallback):
 
     @property
     def evaluations(self) -> list[Figures]:
-        """Step and figures of every evaluation so far, in their order."""
+        """One entry per evaluation so far, in order of steps: `step` and the figures."""
         return [
             {name: figure for name, figure in entry.items() if name != _VALUES}
             for entry in self._entries
@@ -66,21 +68,24 @@ class Selection(TrainerCallback):
 
     @property
     def ranking(self) -> list[Figures]:
-        """The evaluations so far, the best one first, the first of equals before the others."""
+        """The evaluations so far, the best one first; equal ones in order of steps."""
         return sorted(self.evaluations, key=lambda e: (self._rank(e), -e["step"]), reverse=True)
 
     @property
     def best(self) -> Figures | None:
-        """The evaluation that ranks highest so far, the first of equals."""
+        """The first entry of `ranking`; None without evaluations."""
         return next(iter(self.ranking), None)
 
     def values(self, step: float) -> list[float]:
-        """The values of the evaluation at `step`, one for each item; none where it has none."""
+        """The values of the evaluation at `step`, one per item; [] if it has only figures."""
         (found,) = (entry.get(_VALUES, []) for entry in self._entries if entry["step"] == step)
         return list(found)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate the model as it would be written, and write it where it is the best so far."""
+        """At a planned step, write the model, evaluate it, and keep the best one written so far.
+
+        A step that was evaluated before an interruption is not evaluated again.
+        """
         step = state.global_step
         if self._evaluate is None or step not in self._due:
             return
@@ -94,7 +99,7 @@ class Selection(TrainerCallback):
         control.should_training_stop |= self._is_enough(step)
 
     def write(self, output_directory: str) -> int:
-        """Write the kept model to `output_directory`; its step."""
+        """Write the kept model to `output_directory`; return its step."""
         if self.best is None:
             self._trainer.write(output_directory)
             return int(self._trainer.state.global_step)
@@ -106,7 +111,7 @@ class Selection(TrainerCallback):
 
     def _judge(self, step: int, written: Path, evaluate: Evaluate) -> None:
         model, _ = load(str(written), self._compute)
-        # Decoding may draw random numbers; training must go on as if it had not.
+        # Decoding may draw random numbers. Training must go on as if it had drawn none.
         with torch.no_grad(), torch.random.fork_rng():
             found = evaluate(model)
         judged = found if isinstance(found, Judged) else Judged(found, ())
@@ -118,7 +123,7 @@ class Selection(TrainerCallback):
                 shutil.rmtree(other)
 
     def _is_enough(self, step: int) -> bool:
-        """Whether the best of the evaluations up to `step` is `patience` evaluations old."""
+        """Whether `patience` evaluations up to `step` follow the best of them."""
         if self._patience is None:
             return False
         seen = [e for e in self.evaluations if e["step"] <= step]
@@ -143,5 +148,8 @@ class Selection(TrainerCallback):
 
 
 def evaluation_steps(num_steps: int, num_evaluations: int) -> set[int]:
-    """Evenly spaced steps, from 1, the last one among them."""
+    """`num_evaluations` evenly spaced steps, counted from 1, with the last step among them.
+
+    There are fewer if `num_steps` is smaller.
+    """
     return {math.ceil(i * num_steps / num_evaluations) for i in range(1, num_evaluations + 1)}

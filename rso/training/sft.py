@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on demonstrations: of the reference policy, and of RAFT and ReST."""
+"""Supervised fine-tuning on demonstrations: for the reference policy, and for RAFT and ReST."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Demonstration(NamedTuple):
 
 
 class SftTrainer(PrefixTrainer[Example]):
-    """Cross-entropy of the targets' tokens, end of sequence included; prompts are not learnt."""
+    """Cross-entropy of target tokens, end of sequence included; prompt tokens add no loss."""
 
     def sums(self, model: PreTrainedModel, examples: Sequence[Example]) -> Sums:
         """Negative log-probability, nats, summed over all target tokens."""
@@ -46,12 +46,13 @@ def train_sft(
 ) -> TrainingResult:
     """Fine-tune the model at `base_location` and write it to `output_directory`.
 
-    The loss of a step is the mean over the target tokens of its `batch_size` examples. Several
-    targets of a prompt are branches of one row. Goes on from a checkpoint in `work_directory`.
+    The loss of a step is the mean over all target tokens of its `batch_size` examples. The targets
+    of one prompt in a step are branches of one row. Training continues from a checkpoint in
+    `work_directory` if there is one.
 
     Raises:
-        UserError: no examples, or settings that do not fit the model.
-        TrainingDiverged: the loss is not finite.
+        UserError: there are no examples, the settings do not fit the model, or the disk is full.
+        TrainingDiverged: a loss or a gradient is not finite.
     """
     rows = [Demonstration(*example) for example in examples]
     chosen = choose([r.prompt_id for r in rows], settings.max_examples, (WHAT, seed))
@@ -84,10 +85,12 @@ def sft_trainer(
     work_directory: str,
     what: str,
 ) -> SftTrainer:
-    """A trainer of `model` on `rows`; `what` names the stage in messages and keys its order.
+    """A trainer of `model` on `rows`.
+
+    `what` names the stage in messages and is part of the key of the order of prompts.
 
     Raises:
-        UserError: no rows, or settings that do not fit the model.
+        UserError: there are no rows, or the settings do not fit the model.
     """
     if not rows:
         raise UserError(f"{what}: no training demonstrations; check the counts of what it reads.")

@@ -1,9 +1,9 @@
-"""What every optimiser step consists of, fixed before the first one.
+"""Plan all optimiser steps before training.
 
-An optimiser step is exactly `batch_size` items (examples, comparisons or pairs), however they pack
-into rows and micro-batches. Items of one prompt stay together, since they share its row; a step
-cuts them apart only where its size demands it. All epochs form one sequence, so of all steps only
-the last may be smaller.
+An optimiser step has exactly `batch_size` items (examples, comparisons or pairs), however they are
+packed into rows and micro-batches. The items of a prompt stand together, because they share one
+row. Only the end of a step can separate them. All epochs form one sequence, so only the last step
+can be smaller.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from rso.prefix import Row, plan_batches
 
 @dataclass(frozen=True)
 class Example:
-    """One shared-prefix row; the trainers add what their losses need."""
+    """One shared-prefix row; trainers add the fields that their losses need."""
 
     prompt_id: str
     row: Row
@@ -30,7 +30,7 @@ ExampleT = TypeVar("ExampleT", bound=Example)
 
 @dataclass(frozen=True)
 class Step(Generic[ExampleT]):
-    """One optimiser step. Its loss is the sum over all its rows divided by `divisor`."""
+    """One optimiser step. Its loss is the sum over all its rows, divided by `divisor`."""
 
     examples: list[ExampleT]
     num_items: int
@@ -43,10 +43,10 @@ class Step(Generic[ExampleT]):
         return micro_batches(self.examples, self.token_budget)
 
     def share(self, rank: int, num_processes: int) -> "Share[ExampleT]":
-        """The part of one of several processes: rows are dealt by length, then packed.
+        """The part of process `rank`: rows are dealt out by length, then packed.
 
-        Every process gets as many micro-batches as the one with most, since they meet after each;
-        those that stand in for missing ones repeat rows and must not count.
+        All processes get the same number of micro-batches, because they exchange weights or
+        gradients in them. Stand-ins for missing micro-batches repeat a row and must not count.
         """
         longest = sorted(self.examples, key=lambda e: -e.row.num_tokens)
         hands = [
@@ -58,28 +58,28 @@ class Step(Generic[ExampleT]):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rows, shared prefixes once."""
+        """Tokens of all rows; a shared prefix counts once."""
         return sum(e.row.num_tokens for e in self.examples)
 
     @property
     def prompt_ids(self) -> list[str]:
-        """The prompts of the step."""
+        """The prompt of each row."""
         return [e.prompt_id for e in self.examples]
 
 
 @dataclass(frozen=True)
 class Share(Generic[ExampleT]):
-    """What one process computes of a step: micro-batches that count, and such that do not."""
+    """What one process computes of a step; only `micro_batches` count, `stand_ins` do not."""
 
     micro_batches: list[list[ExampleT]]
     stand_ins: list[list[ExampleT]]
 
 
 class Steps(Dataset[Step[ExampleT]]):
-    """The optimiser steps of a training, each built from its item indices when asked for.
+    """The optimiser steps of a training; each is built from its item indices on access.
 
-    `build` turns the indices of one step's items into rows, one a prompt; `weigh` gives the divisor
-    of the step's summed loss.
+    `build` turns the item indices of a step into examples. Neighbouring items of one prompt become
+    one example. `weigh` returns the divisor of the step's summed loss.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ def plan_steps(
     key: Sequence[str | int],
     max_steps: int | None = None,
 ) -> list[list[int]]:
-    """Item indices of every optimiser step; `prompt_ids` names the prompt of each item.
+    """The item indices of each optimiser step; only the first `max_steps` steps are returned.
 
-    Every epoch has its own random order of the prompts, which depends on `key`, the epoch and the
-    ids alone; a part of an epoch takes the first items of its order. Within a prompt items keep
-    their order. Of all steps the first `max_steps` are left.
+    `prompt_ids` [item] names the prompt of each item and must not be empty. Every epoch has its own
+    random order of the prompts, which depends only on `key`, the epoch and the ids. The items of a
+    prompt keep their order. A fraction of an epoch takes the first items of the epoch's order.
     """
     by_prompt: dict[str, list[int]] = {}
     for item, prompt_id in enumerate(prompt_ids):
@@ -140,9 +140,10 @@ def plan_steps(
 
 
 def choose(prompt_ids: Sequence[str], limit: int | None, key: Sequence[str | int]) -> list[int]:
-    """Indices, rising, of at most `limit` items: whole prompts in a random order that `key` fixes.
+    """Indices of at most `limit` items, ascending; None takes all items.
 
-    Only the last prompt taken may lose some of its items.
+    Whole prompts are taken in a random order that `key` determines. Only the last prompt taken may
+    lose some of its items.
     """
     if limit is None or limit >= len(prompt_ids):
         return list(range(len(prompt_ids)))
@@ -153,11 +154,14 @@ def choose(prompt_ids: Sequence[str], limit: int | None, key: Sequence[str | int
 
 
 def by_prompt(items: Sequence[int], prompt_ids: Sequence[str]) -> list[tuple[str, list[int]]]:
-    """Neighbouring `items` of one prompt together: (prompt_id, its items), in order."""
+    """The items in groups (prompt_id, items), in order; a group is neighbours of one prompt."""
     return [(key, list(group)) for key, group in groupby(items, key=lambda i: prompt_ids[i])]
 
 
 def micro_batches(examples: Sequence[ExampleT], token_budget: int) -> list[list[ExampleT]]:
-    """The examples in batches of at most `token_budget` tokens each."""
+    """The examples in batches of at most `token_budget` tokens, the longest rows first.
+
+    A row longer than the budget is a batch of its own.
+    """
     batches = plan_batches([e.row.num_tokens for e in examples], token_budget)
     return [[examples[i] for i in batch] for batch in batches]
