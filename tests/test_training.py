@@ -692,6 +692,24 @@ def test_step_zero_check_fires_when_a_reference_logp_is_off(
         run_policy(tiny_llama_dir, tiny_tokenizer, tmp_path, logps=logps)
 
 
+def test_step_zero_check_fires_when_some_responses_are_not_finite_under_the_policy(
+    tiny_llama_dir: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """The last response is finite: a NaN before it must not be forgotten."""
+    rows = pairs(tiny_tokenizer)
+    first, last = rows[0].chosen_token_ids, rows[-1].rejected_token_ids
+    spoilt = next(i for i in first if all(i not in r.rejected_token_ids for r in rows))
+    assert spoilt not in last
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[spoilt] = float("nan")
+    model.save_pretrained(tmp_path / "spoilt")
+    tiny_tokenizer.save_pretrained(tmp_path / "spoilt")
+    logps = reference_logps(tiny_llama_dir, tiny_tokenizer, rows)
+    with pytest.raises(UserError, match=r"not the reference: response .* has nan nats"):
+        run_policy(str(tmp_path / "spoilt"), tiny_tokenizer, tmp_path, logps=logps)
+
+
 @pytest.mark.parametrize("change", [{}, {("p3", "r32"): float("nan")}])
 def test_missing_or_bad_reference_logps_are_refused(
     tiny_llama_dir: str,

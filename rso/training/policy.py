@@ -311,7 +311,8 @@ def check_step_zero(
             known = zip(logps.tolist(), example.reference_logps, strict=not example.has_target)
             for branch, (logp, reference) in enumerate(known):
                 difference = abs(logp - reference) / len(example.row.branches[branch])
-                if not difference <= worst:
+                # A NaN stays the worst: nothing compares with it.
+                if not (math.isnan(worst) or difference <= worst):
                     worst = difference
                     where = (
                         f"response {example.response_ids[branch]} of prompt {example.prompt_id} has"
