@@ -402,11 +402,6 @@ class Score(Section):
         "baseline-first: only with the baseline in slot A, fewer than half the tokens.",
     )
 
-    @property
-    def rankers(self) -> tuple[Objective, ...]:
-        """The objectives, or the trained ranker as the only one."""
-        return self.objectives or (Objective(name="ranker"),)
-
     @model_validator(mode="after")
     def _objectives_are_distinct(self) -> "Score":
         names = [objective.name for objective in self.objectives]
@@ -660,14 +655,6 @@ class Config(Section):
         description="Runner of Beam pipelines.",
     )
 
-    def view(self, sections: Sequence[str]) -> "Config":
-        """Return a copy that holds only `sections`; reading another raises `AttributeError`."""
-        view = self.model_copy()
-        # Not `model_construct`: it would give hidden sections their defaults.
-        for name in set(view.__dict__) - set(sections):
-            del view.__dict__[name]
-        return view
-
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return the config in the YAML file `path` with `key.key=value` overrides applied.
@@ -708,6 +695,15 @@ def parse_config(data: Mapping[str, Any], *, where: str) -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{where}: {'; '.join(_problem(e) for e in error.errors())}") from None
+
+
+def view(config: Config, sections: Sequence[str]) -> Config:
+    """Return a copy that holds only `sections`; reading another raises `AttributeError`."""
+    copy = config.model_copy()
+    # Not `model_construct`: it would give hidden sections their defaults.
+    for name in set(copy.__dict__) - set(sections):
+        del copy.__dict__[name]
+    return copy
 
 
 def identity(settings: BaseModel) -> dict[str, Any]:

@@ -12,9 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from rso.config import Objective, Score
 from rso.errors import UserError
 
 Float32 = NDArray[np.float32]
+
+
+def objectives_of(settings: Score) -> tuple[Objective, ...]:
+    """Return the objectives in the settings, or the trained ranker as the only one."""
+    return settings.objectives or (Objective(name="ranker"),)
 
 
 def coefficients(weights: Sequence[float], scales: Sequence[float]) -> list[float]:

@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
 def report_problems() -> int:
     found = [f"requirements/{lock.name}.txt: {text}" for lock in LOCKS for text in problems(lock)]
     if read("gpu") != for_cuda(read("cpu")):
-        found.append("requirements/gpu.txt: no longer what cpu.txt makes it")
+        found.append("requirements/gpu.txt: does not have the pins that cpu.txt gives it")
     for line in found:
         print(line, file=sys.stderr)
     if found:

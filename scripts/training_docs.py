@@ -23,8 +23,8 @@ def figure() -> str:
     """Return an SVG of who attends to whom in two rows packed into one sequence, by position."""
     batch = collate(ROWS)
     layout = batch.layout
-    is_seen = layout.is_seen("cpu")
-    row, segment = (tensor.tolist() for tensor in layout.segments("cpu"))
+    is_seen = layout.is_seen.tolist()
+    prompts = {token for span in layout.prefixes for token in range(*span)}
     size = layout.num_tokens
     width, height = LEFT + size * CELL + 40, TOP + size * CELL + 84
     parts = [
@@ -51,10 +51,8 @@ def figure() -> str:
     for query in range(size):
         for key in range(size):
             colour = NOTHING
-            if is_seen[query, key]:
-                is_shared = segment[key] == 0 and segment[query] > 0
-                colour = PREFIX if is_shared or segment[query] == 0 else OWN
-                assert row[query] == row[key]
+            if is_seen[query][key]:
+                colour = PREFIX if key in prompts else OWN
             parts.append(
                 f'<rect x="{LEFT + key * CELL + 1}" y="{TOP + query * CELL + 1}" '
                 f'width="{CELL - 2}" height="{CELL - 2}" fill="{colour}"/>'

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from rso.allocator import keep_freed_memory
-from rso.config import Config, parse_config
+from rso.config import Config, parse_config, view
 from rso.errors import UserError
 from rso.parent import die_with
 from rso.work import Work
@@ -94,7 +94,7 @@ def main() -> int:
         name: Input(output, directory, None) for name, (output, directory) in job["inputs"].items()
     }
     work = Work(job["stage"], job["fingerprint"], job["directory"], _refuse)
-    context = Context(job["stage"], config.view(job["sections"]), inputs, work, config.beam)
+    context = Context(job["stage"], view(config, job["sections"]), inputs, work, config.beam)
     keep_freed_memory(config.compute.device)
     rank = int(os.environ["RANK"])
     try:

@@ -3,7 +3,7 @@
 from pipelines.score import AnyRanker, RankerSource, WeightedSource
 from rso.config import TRAINED
 from rso.models import resolve
-from rso.objectives import coefficients
+from rso.objectives import coefficients, objectives_of
 from stages.context import Context
 
 
@@ -18,7 +18,7 @@ def objective_rankers(context: Context) -> dict[str, RankerSource]:
             config.compute,
             config.templates,
         )
-        for objective in config.score.rankers
+        for objective in objectives_of(config.score)
     }
 
 

@@ -17,10 +17,11 @@ from typing import Any, Literal
 from rso.allocator import keep_freed_memory
 from rso.artifact import Artifact, Store, digest_directory
 from rso.code_digest import CodeDigest, code_digest
-from rso.config import REFERENCE, TRAINED, Config, identity
+from rso.config import REFERENCE, TRAINED, Config, identity, view
 from rso.errors import UserError
 from rso.fingerprint import fingerprint
 from rso.models import resolve as resolve_model
+from rso.objectives import objectives_of
 from rso.work import Work
 from schemas import SCHEMAS
 from stages import Stage, stages
@@ -149,11 +150,10 @@ class Graph:
                 artifact = self.find(producer)
                 assert artifact is not None, f"{stage.name}: {feed} is missing"
                 inputs[name] = artifact.digest(output)
-        view = self.config.view(stage.sections)
         return Recipe(
             stage.name,
             code_digest(f"stages.{stage.module}", root=self._code),
-            identity(view),
+            identity(view(self.config, stage.sections)),
             inputs,
             {name: self._external(stage, name) for name in stage.externals},
         )
@@ -174,7 +174,7 @@ class Graph:
         if name == "objectives":
             return {
                 objective.name: resolve_model(objective.ranker).identity
-                for objective in self.config.score.rankers
+                for objective in objectives_of(self.config.score)
                 if objective.ranker != TRAINED
             }
         settings = getattr(self.config, stage.settings)
@@ -257,7 +257,7 @@ def _run(
         inputs[name] = Input(output, directory, artifact)
     context = Context(
         stage.name,
-        graph.config.view(stage.sections),
+        view(graph.config, stage.sections),
         inputs,
         work,
         graph.config.beam,

@@ -18,7 +18,7 @@ from rso.calibration import bias_advice, judge, positional_bias
 from rso.config import TRAINED
 from rso.fingerprint import canonical_json
 from rso.models import resolve
-from rso.objectives import coefficients, pooled_scale
+from rso.objectives import coefficients, objectives_of, pooled_scale
 from rso.parquet import write_shard
 from stages.context import Context, Curve, Outcome
 from stages.rankers import objective_rankers
@@ -42,7 +42,7 @@ def run(context: Context) -> Outcome:
             same reward, for every prompt.
     """
     config = context.config
-    objectives = config.score.rankers
+    objectives = objectives_of(config.score)
     rankers = objective_rankers(context)
     flipped = _flipped(context)
     scales = dict.fromkeys(rankers, 1.0)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from rso.config import Config, Optimisation, TrainRanker
+from rso.objectives import objectives_of
 
 # Tokens of the marks that a ranker reads around a response.
 MARK_TOKENS = 3
@@ -79,7 +80,7 @@ def _score(config: Config, lengths: Lengths) -> Tokens:
     prompts, marked = _decoded_prompts(config, lengths), lengths.response + MARK_TOKENS
     passes = 3 if config.score.orders == "both" else 1
     each = lengths.prompt + marked * (1 + passes * config.decode.num_samples)
-    return Tokens(prefilled=len(config.score.rankers) * prompts * each)
+    return Tokens(prefilled=len(objectives_of(config.score)) * prompts * each)
 
 
 def _pair(config: Config, lengths: Lengths) -> Tokens:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rso import code_digest as module
+from rso import config
 from rso.code_digest import CodeDigest, CodeDigestError, code_digest, is_plumbing, syntax_digest
 
 PROJECT = {
@@ -280,3 +281,21 @@ def test_syntax_digest_unknown_empty_fields_do_not_count(monkeypatch: pytest.Mon
 )
 def test_syntax_digest_differs_where_the_meaning_does(first: str, second: str) -> None:
     assert syntax_digest(first) != syntax_digest(second)
+
+
+def test_classes_of_settings_hold_values_and_validators_alone() -> None:
+    """The digest leaves `rso.config` out: a method there could change artifacts, and no digest."""
+    path = Path(config.__file__)
+    classes = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)]
+    functions = [
+        (c.name, part)
+        for c in classes
+        for part in ast.walk(c)
+        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    ]
+    assert len(classes) > 20
+    assert functions
+    for name, function in functions:
+        decorators = [ast.unparse(d) for d in getattr(function, "decorator_list", [])]
+        is_validator = any(d.startswith(("field_validator", "model_validator")) for d in decorators)
+        assert is_validator, f"{name}: {ast.unparse(function)}"

@@ -59,6 +59,11 @@ def test_link_leads_to_a_file(page: Path, target: str) -> None:
     assert (page.parent / target.partition("#")[0]).exists(), f"{page}: {target}"
 
 
+def test_figure_of_shared_prefixes_is_what_its_script_draws() -> None:
+    script = runpy.run_path(str(ROOT / "scripts/training_docs.py"))
+    assert script["FIGURE"].read_text(encoding="utf-8") == script["figure"]()
+
+
 @pytest.mark.slow
 def test_rejection_page_has_what_its_script_measures() -> None:
     """Tables and figure: `keep` and `collapse`, convergence over n, figures over σ/β."""
