@@ -511,13 +511,16 @@ class TrainPolicy(Optimisation):
         "earlier round. The reference policy of the losses stays `reference`. Its content, not its "
         "name, is part of the identity.",
     )
-    loss: Literal["sigmoid_norm", "hinge", "hinge_norm", "rrhf", "cross_entropy"] = Field(
+    loss: str = Field(
         "sigmoid_norm",
-        description="On pairs: eq. 8, eq. 9, eq. 10, or RRHF's ranking loss; cross_entropy: on the "
-        "new targets of `targets` (RAFT, ReST).",
+        description="A name in `LOSSES` of `rso.losses`: sigmoid_norm (eq. 8), hinge (eq. 9), "
+        "hinge_norm (eq. 10), rrhf (RRHF's ranking loss); or cross_entropy, on the new targets of "
+        "`targets` (RAFT, ReST).",
     )
     gamma: float = Field(
-        0.05, gt=0, description="Scale of the loss logit; rrhf and cross_entropy have none."
+        0.05,
+        gt=0,
+        description="Scale of the loss logit. Not for rrhf and cross_entropy, which have none.",
     )
     regularisation: float = Field(
         0.0,
@@ -553,7 +556,7 @@ class TrainPolicy(Optimisation):
         if self.loss == "cross_entropy" and named:
             raise ValueError(
                 f"{named[0]} is for losses on pairs, and loss is cross_entropy; remove it, or "
-                "choose sigmoid_norm, hinge, hinge_norm or rrhf"
+                "choose a loss on pairs"
             )
         return self
 

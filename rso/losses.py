@@ -1,5 +1,7 @@
 """The preference losses. Pure functions: log-probs in, one loss per pair out.
 
+A new loss is a function here and a row of `LOSSES`: then `train_policy.loss` may name it.
+
 In every function `*_logps` are [pair], in nats, summed over the tokens of the response, end of
 sequence included. Give them in float32 or wider: bfloat16 has no decimals left in a sum of hundreds
 of nats. `gamma` is the scale of the loss logit. A preference loss is [pair], not reduced. It never
@@ -10,9 +12,25 @@ TRL has other names. The DPO trainer's `sigmoid` is `sigmoid_norm` here, and its
 means.
 """
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+# The names in `LOSSES` are checked before a run starts. So this module must load without torch.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Side(NamedTuple):
+    """The chosen or the rejected responses of some pairs; every field is [pair].
+
+    `policy` and `reference` are log-probs, nats, summed over tokens.
+    """
+
+    policy: Tensor
+    reference: Tensor
+    num_tokens: Tensor
 
 
 def sigmoid_norm(
@@ -32,6 +50,8 @@ def sigmoid_norm(
         reference_chosen_logps,
         reference_rejected_logps,
     )
+    from torch.nn import functional
+
     return -functional.logsigmoid(gamma * margin)
 
 
@@ -41,7 +61,7 @@ def hinge(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, gamma: flo
     The loss is gamma times the first term of eq. 1 at delta = 1 / gamma. So a regulariser with
     weight lambda in eq. 1 has weight gamma * lambda beside this loss.
     """
-    return torch.relu(1 - gamma * (policy_chosen_logps - policy_rejected_logps))
+    return (1 - gamma * (policy_chosen_logps - policy_rejected_logps)).relu()
 
 
 def hinge_norm(
@@ -61,7 +81,7 @@ def hinge_norm(
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    return torch.relu(1 - gamma * margin)
+    return (1 - gamma * margin).relu()
 
 
 def rrhf(
@@ -76,9 +96,9 @@ def rrhf(
     response, which `*_num_tokens` [pair] count. The loss has no margin, scale or reference policy.
     RRHF's fine-tuning term is `regulariser`.
     """
-    return torch.relu(
+    return (
         policy_rejected_logps / rejected_num_tokens - policy_chosen_logps / chosen_num_tokens
-    )
+    ).relu()
 
 
 def regulariser(policy_target_logps: Tensor, strength: float) -> Tensor:
@@ -105,3 +125,37 @@ def _normalised_margin(
 ) -> Tensor:
     """log pi(y_w)/pi_sft(y_w) - log pi(y_l)/pi_sft(y_l) [pair], nats."""
     return (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
+
+
+class Loss(NamedTuple):
+    """A preference loss that `train_policy.loss` can name.
+
+    `of_pairs(chosen, rejected, gamma)` is the loss [pair]. `gamma` is `train_policy.gamma`; without
+    `has_gamma` the loss ignores it, and another value than the default is refused.
+    """
+
+    of_pairs: Callable[[Side, Side, float], Tensor]
+    has_gamma: bool = True
+
+
+LOSSES: Mapping[str, Loss] = {
+    "sigmoid_norm": Loss(
+        lambda chosen, rejected, gamma: sigmoid_norm(
+            chosen.policy, rejected.policy, chosen.reference, rejected.reference, gamma
+        )
+    ),
+    "hinge": Loss(lambda chosen, rejected, gamma: hinge(chosen.policy, rejected.policy, gamma)),
+    "hinge_norm": Loss(
+        lambda chosen, rejected, gamma: hinge_norm(
+            chosen.policy, rejected.policy, chosen.reference, rejected.reference, gamma
+        )
+    ),
+    "rrhf": Loss(
+        lambda chosen, rejected, gamma: rrhf(
+            chosen.policy, rejected.policy, chosen.num_tokens, rejected.num_tokens
+        ),
+        has_gamma=False,
+    ),
+}
+# The loss on the new targets of `targets` (RAFT, ReST). It is not on pairs.
+CROSS_ENTROPY = "cross_entropy"

@@ -5,8 +5,10 @@ Only this table says which stage feeds which. `rso plan`, the flow and the runne
 
 from dataclasses import dataclass
 
-from rso.config import Config
+from rso.config import Config, TrainPolicy
 from rso.errors import UserError
+from rso.labelling import labeller
+from rso.losses import CROSS_ENTROPY, LOSSES
 
 Feeds = dict[str, str]
 
@@ -47,11 +49,15 @@ def stages(config: Config) -> tuple[Stage, ...]:
     - With `train_gold_ranker: null` that stage is left out, and `evaluate` judges without it.
 
     Raises:
-        UserError: targets or objectives are set but nothing is decoded, or the policy learns from
-            targets but `targets.method` is none.
+        UserError: the labeller or the loss is unknown; the loss has no gamma and one is set;
+            targets or objectives are set but nothing is decoded; or the policy learns from targets
+            but `targets.method` is none.
     """
     synthetic = config.comparisons.labeller is not None
-    on_targets = config.train_policy.loss == "cross_entropy"
+    _check_loss(config.train_policy)
+    if synthetic:
+        labeller(str(config.comparisons.labeller))
+    on_targets = config.train_policy.loss == CROSS_ENTROPY
     direct = config.pair.source == "direct" and not on_targets
     if on_targets and config.targets.method == "none":
         raise UserError(
@@ -239,3 +245,17 @@ def stages(config: Config) -> tuple[Stage, ...]:
     }
     table.append(Stage("report", "report", everything, ("report",), ("report",), "report"))
     return tuple(table)
+
+
+def _check_loss(settings: TrainPolicy) -> None:
+    known = sorted((*LOSSES, CROSS_ENTROPY))
+    if settings.loss not in known:
+        raise UserError(
+            f"train_policy.loss: found {settings.loss!r}, expected one of {', '.join(known)}."
+        )
+    has_gamma = settings.loss in LOSSES and LOSSES[settings.loss].has_gamma
+    if not has_gamma and settings.gamma != TrainPolicy.model_fields["gamma"].default:
+        raise UserError(
+            f"train_policy.gamma: found {settings.gamma}, and the loss {settings.loss} has no "
+            "gamma; remove it, or choose another loss."
+        )

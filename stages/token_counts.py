@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from rso.config import Config, Optimisation, TrainRanker
+from rso.losses import CROSS_ENTROPY
 from rso.objectives import objectives_of
 
 # Tokens of the marks that a ranker reads around a response.
@@ -98,7 +99,7 @@ def _train_policy(config: Config, lengths: Lengths) -> Tokens:
     settings = config.train_policy
     prompts, pairs = _pairs(config, lengths)
     responses = 2.0
-    if settings.loss == "cross_entropy":
+    if settings.loss == CROSS_ENTROPY:
         is_raft = config.targets.method == "raft"
         share = 1 / config.decode.num_samples if is_raft else 1 - config.targets.threshold
         responses, pairs = 1.0, prompts * config.decode.num_samples * share

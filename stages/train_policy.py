@@ -14,6 +14,7 @@ from rso.config import REFERENCE
 from rso.decoding import Request, Sampling
 from rso.decoding.transformers_engine import TransformersDecoder
 from rso.errors import UserError
+from rso.losses import CROSS_ENTROPY
 from rso.models import load_tokenizer
 from rso.progress import is_first_process
 from rso.ranking import Comparison, Ranker
@@ -45,7 +46,7 @@ def run(context: Context) -> Outcome:
         UserError: no validation prompt can be judged, or the training data are unusable.
     """
     contest = _Contest(context)
-    on_targets = context.config.train_policy.loss == "cross_entropy"
+    on_targets = context.config.train_policy.loss == CROSS_ENTROPY
     result = (_on_targets if on_targets else _on_pairs)(context, contest)
     assert result.selected is not None, "every training has an evaluation at its last step"
     counters = {

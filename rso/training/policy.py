@@ -18,6 +18,7 @@ from rso import losses
 from rso.config import Compute, Templates, TrainPolicy
 from rso.errors import UserError
 from rso.evaluation import POINTS, verdict_from_logit
+from rso.losses import Side
 from rso.prefix import Row, branch_logps
 from rso.statistics import Interval, paired_bootstrap_difference
 from rso.templates import encode_prompt, encode_response
@@ -116,17 +117,6 @@ class PolicyExample(Example):
     reference_logps: tuple[float, ...]
     label_probabilities: tuple[float, ...]
     has_target: bool = False
-
-
-class Side(NamedTuple):
-    """The chosen or the rejected responses of some pairs; every field is [pair].
-
-    `policy` and `reference` are log-probs, nats, summed over tokens.
-    """
-
-    policy: Tensor
-    reference: Tensor
-    num_tokens: Tensor
 
 
 class PolicyTrainer(PrefixTrainer[PolicyExample]):
@@ -265,30 +255,19 @@ def pair_losses(
 
     `label_probability` is [pair]; only soft labels use it.
     """
-    loss = _loss(settings, chosen, rejected)
+    of_pairs = losses.LOSSES[settings.loss].of_pairs
+    loss = of_pairs(chosen, rejected, settings.gamma)
     if not (settings.soft_labels or settings.label_smoothing):
         return loss
     is_right = label_probability if settings.soft_labels else torch.ones_like(label_probability)
     is_right = is_right + settings.label_smoothing * (1 - 2 * is_right)
-    return losses.soften(loss, _loss(settings, rejected, chosen), is_right)
-
-
-def _loss(settings: TrainPolicy, chosen: Side, rejected: Side) -> Tensor:
-    logps = (chosen.policy, rejected.policy)
-    reference = (chosen.reference, rejected.reference)
-    if settings.loss == "sigmoid_norm":
-        return losses.sigmoid_norm(*logps, *reference, settings.gamma)
-    if settings.loss == "hinge_norm":
-        return losses.hinge_norm(*logps, *reference, settings.gamma)
-    if settings.loss == "hinge":
-        return losses.hinge(*logps, settings.gamma)
-    assert settings.loss == "rrhf", settings.loss
-    return losses.rrhf(*logps, chosen.num_tokens, rejected.num_tokens)
+    return losses.soften(loss, of_pairs(rejected, chosen, settings.gamma), is_right)
 
 
 def regulariser_strength(settings: TrainPolicy) -> float:
-    """lambda times gamma (eq. 1 and 9), or lambda for rrhf, which has no gamma."""
-    return settings.regularisation * (1.0 if settings.loss == "rrhf" else settings.gamma)
+    """lambda times gamma (eq. 1 and 9), or lambda for a loss that has no gamma."""
+    has_gamma = losses.LOSSES[settings.loss].has_gamma
+    return settings.regularisation * (settings.gamma if has_gamma else 1.0)
 
 
 @torch.no_grad()
