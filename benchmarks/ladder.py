@@ -174,7 +174,7 @@ def _again(
 ) -> Artifact:
     """Run a stage into `store`; its inputs are `given`, else `made` there, else the run's own."""
     inputs = {}
-    for key, feed in graph.stage(name).inputs.items():
+    for key, feed in graph.stage(name).reads.items():
         producer, output = feed.split("/")
         artifact = made.get(producer) or _artifact(graph, producer)
         inputs[key] = artifact.output(output)

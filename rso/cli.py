@@ -429,7 +429,7 @@ def _print_results(graph: "Graph", as_json: bool, cached: set[str]) -> None:
             f"{name}/{output}": found.output(output)
             for name in graph.table
             if (found := graph.find(name)) is not None
-            for output in graph.table[name].outputs
+            for output in graph.table[name].writes
         },
     }
     if as_json:

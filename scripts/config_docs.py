@@ -65,7 +65,7 @@ def _seen() -> dict[str, list[str]]:
     }
     seen: dict[str, list[str]] = defaultdict(list)
     for stage in stages(parse_config(data, where="config_docs")):
-        for name in stage.sections:
+        for name in stage.sees:
             seen[name].append(f"`{stage.name}`")
     return seen
 

@@ -61,7 +61,7 @@ def _makers() -> dict[str, list[str]]:
             "targets": {"method": "rest"},
         }
         for stage in stages(parse_config(data, where="schema_docs")):
-            for output in stage.outputs:
+            for output in stage.writes:
                 makers[output][f"`{stage.name}`"] = None
     return {output: list(names) for output, names in makers.items()}
 

@@ -1,250 +1,272 @@
 """The DAG as data: what each stage reads, what it writes and which settings it sees.
 
-Only this table says which stage feeds which. `rso plan`, the flow and the runner read it.
+Only `TABLE` says which stage feeds which. `rso plan`, the flow and the runner read it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, replace
 
 from rso.config import Config, TrainPolicy
 from rso.errors import UserError
 from rso.labelling import labeller
 from rso.losses import CROSS_ENTROPY, LOSSES
 
-Feeds = dict[str, str]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of the DAG.
-
-    `inputs` maps each input name that the stage uses to the `stage/output` that it reads.
-    `sections` are the config sections that the stage sees. All others are hidden from it and cannot
-    change its result. `settings` is the stage's own section. `externals` names what the stage reads
-    from outside the store: `sources` (raw files), `model` (the base model), `init` (the model that
-    training starts from, if not the reference), `proposal` (the model that `decode` draws from, if
-    not the reference), or `objectives` (the rankers that this run did not train).
-    """
-
-    name: str
-    module: str
-    inputs: Feeds
-    outputs: tuple[str, ...]
-    sections: tuple[str, ...]
-    settings: str
-    externals: tuple[str, ...] = ()
-
+Feeds = dict[str, str | tuple[str, ...]]
 
 MODELS = ("reference", "ranker", "policy")
 DOCUMENTS = ("report",)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    `reads` maps each input name that the stage uses to the `stage/output` that it reads. `writes`
+    are its outputs. `sees` are the config sections that the stage sees. All others are hidden from
+    it and cannot change its result. `externals` names what the stage reads from outside the store:
+    `sources` (raw files), `model` (the base model), `init` (the model that training starts from, if
+    not the reference), `proposal` (the model that `decode` draws from, if not the reference), or
+    `objectives` (the rankers that this run did not train). The code is `stages.<module>`.
+    """
+
+    name: str
+    _: KW_ONLY
+    reads: Mapping[str, str]
+    writes: tuple[str, ...]
+    sees: tuple[str, ...]
+    externals: tuple[str, ...]
+    module: str
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A row of `TABLE`: a stage of the runs for which `when` is true.
+
+    An input with several feeds reads the first one whose stage is in the run. An input is left out
+    if none is. A section that has the name of a stage is not seen if that stage is not in the run.
+    """
+
+    name: str
+    _: KW_ONLY
+    reads: Feeds
+    writes: tuple[str, ...]
+    sees: tuple[str, ...]
+    externals: tuple[str, ...] = ()
+    module: str | None = None
+    when: Callable[[Config], bool] = lambda config: True
+
+
+def is_synthetic(config: Config) -> bool:
+    """Return whether a function of the text compares responses, and not people."""
+    return config.comparisons.labeller is not None
+
+
+def learns_from_targets(config: Config) -> bool:
+    """Return whether the policy learns from the new targets of RAFT or ReST, and not from pairs."""
+    return config.train_policy.loss == CROSS_ENTROPY
+
+
+def is_direct(config: Config) -> bool:
+    """Return whether pairs are the comparisons themselves, so that nothing is decoded."""
+    return config.pair.source == "direct" and not learns_from_targets(config)
+
+
+PROMPTS: Feeds = {"prompts": "prepare/prompts"}
+REFERENCE: Feeds = {"reference": "train_sft/reference"}
+COMPARISONS: Feeds = {"comparisons": ("compare/comparisons", "prepare/comparisons")}
+CANDIDATES: Feeds = {"candidates": "decode/candidates"}
+REWARDS: Feeds = {"rewards": "score/rewards"}
+# The ranker of the run: the trained one, or several that `score` has weighed.
+RANKER: Feeds = {"ranker": "train_ranker/ranker", "objectives": "score/objectives"}
+# Settings that every stage with a model sees.
+COMPUTE = ("seed", "compute", "templates")
+
+TABLE = (
+    StageRow(
+        "prepare",
+        reads={},
+        writes=("prompts", "demonstrations", "comparisons", "quarantine"),
+        sees=("seed", "model", "prepare"),
+        externals=("sources", "model"),
+    ),
+    StageRow(
+        "train_sft",
+        reads={"demonstrations": "prepare/demonstrations"},
+        writes=("reference",),
+        sees=(*COMPUTE, "model", "train_sft"),
+        externals=("model",),
+    ),
+    StageRow(
+        "compare",
+        reads=PROMPTS | REFERENCE,
+        writes=("comparisons",),
+        sees=(*COMPUTE, "comparisons"),
+        when=is_synthetic,
+    ),
+    StageRow(
+        "train_ranker",
+        reads=COMPARISONS | REFERENCE,
+        writes=("ranker",),
+        sees=(*COMPUTE, "train_ranker"),
+        externals=("init",),
+    ),
+    StageRow(
+        "train_gold_ranker",
+        reads=COMPARISONS | REFERENCE,
+        writes=("ranker",),
+        sees=(*COMPUTE, "train_gold_ranker"),
+        externals=("init",),
+        module="train_ranker",
+        when=lambda config: config.train_gold_ranker is not None,
+    ),
+    StageRow(
+        "decode",
+        reads=PROMPTS | REFERENCE,
+        writes=("candidates",),
+        sees=(*COMPUTE, "decode"),
+        externals=("proposal",),
+        when=lambda config: not is_direct(config),
+    ),
+    StageRow(
+        "score",
+        reads=PROMPTS | COMPARISONS | CANDIDATES | {"ranker": "train_ranker/ranker"},
+        writes=("rewards", "objectives", "checks"),
+        sees=(*COMPUTE, "score"),
+        externals=("objectives",),
+        when=lambda config: not is_direct(config),
+    ),
+    StageRow(
+        "reject",
+        reads=CANDIDATES | REWARDS,
+        writes=("accepted", "diagnostics"),
+        sees=("seed", "reject"),
+        when=lambda config: not is_direct(config) and not learns_from_targets(config),
+    ),
+    StageRow(
+        "targets",
+        reads=PROMPTS | CANDIDATES | REWARDS,
+        writes=("demonstrations",),
+        sees=("templates", "targets"),
+        when=lambda config: not is_direct(config) and config.targets.method != "none",
+    ),
+    StageRow(
+        "pair",
+        reads=PROMPTS | {"accepted": "reject/accepted"} | CANDIDATES | RANKER,
+        writes=("pairs",),
+        sees=(*COMPUTE, "score", "pair"),
+        externals=("objectives",),
+        when=lambda config: not is_direct(config) and not learns_from_targets(config),
+    ),
+    StageRow(
+        "pair",
+        reads=COMPARISONS | REFERENCE,
+        writes=("pairs",),
+        sees=(*COMPUTE, "pair"),
+        when=is_direct,
+    ),
+    StageRow(
+        "logps",
+        reads=REFERENCE | {"pairs": "pair/pairs"},
+        writes=("logps",),
+        sees=(*COMPUTE, "logps"),
+        when=lambda config: not learns_from_targets(config),
+    ),
+    StageRow(
+        "train_policy",
+        reads=PROMPTS | REFERENCE | RANKER | {"pairs": "pair/pairs", "logps": "logps/logps"},
+        writes=("policy",),
+        sees=(*COMPUTE, "score", "train_policy"),
+        externals=("objectives", "init"),
+        when=lambda config: not learns_from_targets(config),
+    ),
+    StageRow(
+        "train_policy",
+        reads=PROMPTS | REFERENCE | RANKER | {"demonstrations": "targets/demonstrations"},
+        writes=("policy",),
+        sees=(*COMPUTE, "score", "train_policy"),
+        externals=("objectives", "init"),
+        when=learns_from_targets,
+    ),
+    StageRow(
+        "evaluate",
+        reads=PROMPTS
+        | REFERENCE
+        | RANKER
+        | {"policy": "train_policy/policy", "gold_ranker": "train_gold_ranker/ranker"},
+        writes=("generations", "judgements", "metrics"),
+        sees=(*COMPUTE, "score", "comparisons", "evaluate"),
+        externals=("objectives",),
+    ),
+    # It reads every output of the run.
+    StageRow("report", reads={}, writes=("report",), sees=("report",)),
+)
+
+
 def stages(config: Config) -> tuple[Stage, ...]:
     """Return the stages of the run that `config` describes, each after the stages that it reads.
 
-    - With human comparisons there is no `compare`.
-    - With `train_policy.loss: cross_entropy` the policy learns from targets: there are no `reject`,
-      `pair` and `logps`.
-    - With `pair.source: direct` and any other loss there are no `decode`, `score` and `reject`.
-    - `targets` is a stage unless `targets.method` is none.
-    - With `train_gold_ranker: null` that stage is left out, and `evaluate` judges without it.
+    Raises:
+        UserError: see `check_recipe`.
+    """
+    check_recipe(config)
+    rows = [row for row in TABLE if row.when(config)]
+    present = {row.name for row in rows}
+    absent = {row.name for row in TABLE} - present
+    found = [
+        Stage(
+            row.name,
+            reads=_feeds(row, present),
+            writes=row.writes,
+            sees=tuple(name for name in row.sees if name not in absent),
+            externals=row.externals,
+            module=row.module or row.name,
+        )
+        for row in rows
+    ]
+    *others, report = found
+    outputs = [f"{stage.name}/{output}" for stage in others for output in stage.writes]
+    return (*others, replace(report, reads={output: output for output in outputs}))
+
+
+def check_recipe(config: Config) -> None:
+    """Refuse settings that together make no run.
 
     Raises:
         UserError: the labeller or the loss is unknown; the loss has no gamma and one is set;
             targets or objectives are set but nothing is decoded; or the policy learns from targets
             but `targets.method` is none.
     """
-    synthetic = config.comparisons.labeller is not None
+    if config.comparisons.labeller is not None:
+        labeller(config.comparisons.labeller)
     _check_loss(config.train_policy)
-    if synthetic:
-        labeller(str(config.comparisons.labeller))
-    on_targets = config.train_policy.loss == CROSS_ENTROPY
-    direct = config.pair.source == "direct" and not on_targets
-    if on_targets and config.targets.method == "none":
+    if learns_from_targets(config) and config.targets.method == "none":
         raise UserError(
             "train_policy.loss: cross_entropy learns from the new targets of RAFT or ReST, and "
             "targets.method is none; set targets.method to raft or rest, or choose another loss."
         )
-    if direct and config.targets.method != "none":
+    if is_direct(config) and config.targets.method != "none":
         raise UserError(
             f"targets.method: {config.targets.method} needs candidates and rewards, and with "
             "pair.source: direct there are none; set targets.method to none, or pair.source to "
             "rso-sample-rank or sft-sample-rank."
         )
-    if direct and config.score.objectives:
+    if is_direct(config) and config.score.objectives:
         raise UserError(
             "score.objectives names rankers, and with pair.source: direct nothing is scored and "
             "none would be used; remove score.objectives, or set pair.source to rso-sample-rank "
             "or sft-sample-rank."
         )
-    comparisons = "compare/comparisons" if synthetic else "prepare/comparisons"
-    models = ("seed", "compute", "templates")
 
-    def ranker(name: str) -> Stage:
-        inputs = {"comparisons": comparisons, "reference": "train_sft/reference"}
-        return Stage(
-            name,
-            "train_ranker",
-            inputs,
-            ("ranker",),
-            (*models, name),
-            name,
-            ("init",),
-        )
 
-    reference = {"reference": "train_sft/reference"}
-    table = [
-        Stage(
-            "prepare",
-            "prepare",
-            {},
-            ("prompts", "demonstrations", "comparisons", "quarantine"),
-            ("seed", "model", "prepare"),
-            "prepare",
-            ("sources", "model"),
-        ),
-        Stage(
-            "train_sft",
-            "train_sft",
-            {"demonstrations": "prepare/demonstrations"},
-            ("reference",),
-            (*models, "model", "train_sft"),
-            "train_sft",
-            ("model",),
-        ),
-    ]
-    if synthetic:
-        table.append(
-            Stage(
-                "compare",
-                "compare",
-                {"prompts": "prepare/prompts", **reference},
-                ("comparisons",),
-                (*models, "comparisons"),
-                "comparisons",
-            )
-        )
-    table.append(ranker("train_ranker"))
-    gold_ranker = {}
-    if config.train_gold_ranker is not None:
-        table.append(ranker("train_gold_ranker"))
-        gold_ranker = {"gold_ranker": "train_gold_ranker/ranker"}
-    rankers = {"ranker": "train_ranker/ranker"}
-    # Inputs of the stages that compare responses by the run's ranker, which may combine several.
-    scored = rankers if direct else {**rankers, "objectives": "score/objectives"}
-    ranking = () if direct else ("score",)
-    objectives = () if direct else ("objectives",)
-    candidates = {"candidates": "decode/candidates"}
-    if direct:
-        pair_inputs = {"comparisons": comparisons, "reference": "train_sft/reference"}
-    else:
-        table += [
-            Stage(
-                "decode",
-                "decode",
-                {"prompts": "prepare/prompts", **reference},
-                ("candidates",),
-                (*models, "decode"),
-                "decode",
-                ("proposal",),
-            ),
-            Stage(
-                "score",
-                "score",
-                {
-                    "prompts": "prepare/prompts",
-                    "comparisons": comparisons,
-                    **candidates,
-                    **rankers,
-                },
-                ("rewards", "objectives", "checks"),
-                (*models, "score"),
-                "score",
-                objectives,
-            ),
-        ]
-        if not on_targets:
-            table.append(
-                Stage(
-                    "reject",
-                    "reject",
-                    {**candidates, "rewards": "score/rewards"},
-                    ("accepted", "diagnostics"),
-                    ("seed", "reject"),
-                    "reject",
-                ),
-            )
-        if config.targets.method != "none":
-            table.append(
-                Stage(
-                    "targets",
-                    "targets",
-                    {"prompts": "prepare/prompts", **candidates, "rewards": "score/rewards"},
-                    ("demonstrations",),
-                    ("templates", "targets"),
-                    "targets",
-                )
-            )
-        pair_inputs = {
-            "prompts": "prepare/prompts",
-            "accepted": "reject/accepted",
-            **candidates,
-            **scored,
-        }
-    learnt = {"demonstrations": "targets/demonstrations"}
-    if not on_targets:
-        table += [
-            Stage(
-                "pair",
-                "pair",
-                pair_inputs,
-                ("pairs",),
-                (*models, *ranking, "pair"),
-                "pair",
-                objectives,
-            ),
-            Stage(
-                "logps",
-                "logps",
-                {"pairs": "pair/pairs", **reference},
-                ("logps",),
-                (*models, "logps"),
-                "logps",
-            ),
-        ]
-        learnt = {"pairs": "pair/pairs", "logps": "logps/logps"}
-    table += [
-        Stage(
-            "train_policy",
-            "train_policy",
-            {**learnt, "prompts": "prepare/prompts", **reference, **scored},
-            ("policy",),
-            (*models, *ranking, "train_policy"),
-            "train_policy",
-            (*objectives, "init"),
-        ),
-        Stage(
-            "evaluate",
-            "evaluate",
-            {
-                "prompts": "prepare/prompts",
-                "policy": "train_policy/policy",
-                **reference,
-                **scored,
-                **gold_ranker,
-            },
-            ("generations", "judgements", "metrics"),
-            (*models, *ranking, "comparisons", "evaluate"),
-            "evaluate",
-            objectives,
-        ),
-    ]
-    everything = {
-        f"{stage.name}/{output}": f"{stage.name}/{output}"
-        for stage in table
-        for output in stage.outputs
-    }
-    table.append(Stage("report", "report", everything, ("report",), ("report",), "report"))
-    return tuple(table)
+def _feeds(row: StageRow, present: set[str]) -> dict[str, str]:
+    """Return the feed of each input: the first one whose stage is present."""
+    feeds = {}
+    for name, given in row.reads.items():
+        alternatives = (given,) if isinstance(given, str) else given
+        there = [feed for feed in alternatives if feed.split("/")[0] in present]
+        if there:
+            feeds[name] = there[0]
+    return feeds
 
 
 def _check_loss(settings: TrainPolicy) -> None:

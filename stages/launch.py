@@ -42,7 +42,7 @@ def run_on_processes(
     job = {
         "stage": stage.name,
         "module": stage.module,
-        "sections": stage.sections,
+        "sections": stage.sees,
         "config": config.model_dump(mode="json"),
         "inputs": {name: [given.output, given.directory] for name, given in inputs.items()},
         "directory": work.directory,

@@ -108,7 +108,7 @@ class Graph:
 
         Inputs in `given` need no stage.
         """
-        feeds = {n: f for n, f in stage.inputs.items() if n not in (given or {})}
+        feeds = {n: f for n, f in stage.reads.items() if n not in (given or {})}
         above = dict.fromkeys(feed.split("/")[0] for feed in feeds.values())
         return [name for name in above if self.find(name) is None]
 
@@ -135,14 +135,14 @@ class Graph:
             UserError: the stage has no such input, or a folder, raw file or model cannot be read.
         """
         given = given or {}
-        unknown = [name for name in given if name not in stage.inputs]
+        unknown = [name for name in given if name not in stage.reads]
         if unknown:
             raise UserError(
                 f"stage {stage.name} has no input {unknown[0]!r}; expected one of "
-                f"{', '.join(stage.inputs) or 'none'}."
+                f"{', '.join(stage.reads) or 'none'}."
             )
         inputs = {}
-        for name, feed in stage.inputs.items():
+        for name, feed in stage.reads.items():
             producer, output = feed.split("/")
             if name in given:
                 inputs[name] = digest_directory(given[name], output)
@@ -153,7 +153,7 @@ class Graph:
         return Recipe(
             stage.name,
             code_digest(f"stages.{stage.module}", root=self._code),
-            identity(view(self.config, stage.sections)),
+            identity(view(self.config, stage.sees)),
             inputs,
             {name: self._external(stage, name) for name in stage.externals},
         )
@@ -177,7 +177,7 @@ class Graph:
                 for objective in objectives_of(self.config.score)
                 if objective.ranker != TRAINED
             }
-        settings = getattr(self.config, stage.settings)
+        settings = getattr(self.config, stage.name)
         source = {"init": "init_from", "proposal": "policy"}[name]
         given = getattr(settings, source)
         return None if given == REFERENCE else resolve_model(given).identity
@@ -247,7 +247,7 @@ def _run(
     from stages.launch import TRAINING, run_on_processes
 
     inputs = {}
-    for name, feed in stage.inputs.items():
+    for name, feed in stage.reads.items():
         producer, output = feed.split("/")
         artifact = None if name in given else graph.find(producer)
         if artifact is None:
@@ -257,7 +257,7 @@ def _run(
         inputs[name] = Input(output, directory, artifact)
     context = Context(
         stage.name,
-        view(graph.config, stage.sections),
+        view(graph.config, stage.sees),
         inputs,
         work,
         graph.config.beam,

@@ -122,7 +122,7 @@ def test_run_of_a_finished_run_prints_the_results(
     found = rso("run", finished.path, "--json").json
     assert found["metrics"] == finished.rows("evaluate/metrics")
     assert all(Path(place).exists() for place in found["places"].values())
-    assert len(found["places"]) == sum(len(s.outputs) for s in finished.graph().table.values()) + 1
+    assert len(found["places"]) == sum(len(s.writes) for s in finished.graph().table.values()) + 1
     assert rso("report", finished.path, "--json").json == found
 
 

@@ -77,9 +77,9 @@ def test_stages_every_stage_of_the_table_has_its_outputs(finished: system.Run) -
     assert " ".join(graph.table) == STAGES
     for name, stage in graph.table.items():
         artifact = graph.find(name)
-        assert artifact is not None and artifact.outputs == sorted(stage.outputs)
+        assert artifact is not None and artifact.outputs == sorted(stage.writes)
         assert graph.store.verify(artifact) == []
-    datasets = [f"{s.name}/{o}" for s in graph.table.values() for o in s.outputs if o in SCHEMAS]
+    datasets = [f"{s.name}/{o}" for s in graph.table.values() for o in s.writes if o in SCHEMAS]
     assert datasets == list(DATASETS)
 
 
@@ -592,7 +592,7 @@ def test_stages_manifests_hold_config_settings_and_no_paths(finished: system.Run
     for stage in finished.graph().table.values():
         manifest = finished.artifact(stage.name).manifest
         assert manifest.config["train_policy"]["gamma"] == 0.05
-        assert set(manifest.settings) <= {"seed", "compute", "templates", *stage.sections}
+        assert set(manifest.settings) <= {"seed", "compute", "templates", *stage.sees}
         assert str(finished.store) not in repr((manifest.settings, manifest.inputs))
         assert manifest.peak_memory_bytes and manifest.timings["seconds"] > 0
         assert manifest.versions["torch"] in torch.__version__
@@ -638,7 +638,7 @@ def test_human_comparisons_take_the_place_of_compare(finished: system.Run, tmp_p
     ]
     graph = run.graph(*changes)
     assert "compare" not in graph.table
-    assert graph.table["train_ranker"].inputs["comparisons"] == "prepare/comparisons"
+    assert graph.table["train_ranker"].reads["comparisons"] == "prepare/comparisons"
     was_cached = system.run_all(run.config(*changes))
     # Demonstrations and prompts are the same content, so what reads them alone is not made again.
     assert [name for name, cached in was_cached.items() if cached] == ["train_sft", "decode"]
@@ -661,9 +661,9 @@ def test_gold_ranker_may_be_absent_with_human_comparisons_too(finished: system.R
         config = finished.config(*changes)
         table = {stage.name: stage for stage in stages(config)}
         assert "train_gold_ranker" not in table
-        assert "gold_ranker" not in table["evaluate"].inputs
+        assert "gold_ranker" not in table["evaluate"].reads
         assert identity(config)["train_gold_ranker"] is None
-        assert not any("gold_ranker" in feed for feed in table["report"].inputs)
+        assert not any("gold_ranker" in feed for feed in table["report"].reads)
     planned = system.statuses(finished, "train_gold_ranker=null")
     assert planned["evaluate"] == "run" and planned["train_policy"] == "cached"
     assert (

@@ -249,7 +249,7 @@ def test_targets_stage_is_there_only_with_a_method(finished: system.Run) -> None
     assert "targets" not in finished.graph().table
     table = finished.graph(REST).table
     assert [name for name in table if name not in finished.graph().table] == ["targets"]
-    assert table["report"].inputs["targets/demonstrations"] == "targets/demonstrations"
+    assert table["report"].reads["targets/demonstrations"] == "targets/demonstrations"
 
 
 def test_targets_with_direct_pairs_is_refused(finished: system.Run) -> None:
