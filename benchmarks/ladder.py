@@ -124,13 +124,13 @@ def _rung(graph: Graph, rung: str) -> list[dict[str, Any]]:
     golden = RUNGS[rung]
     config = graph.config
     if not golden:
-        return _artifact(graph, "evaluate").read("metrics").to_pylist()
+        return _metrics(_artifact(graph, "evaluate"))
     store = _store(config, rung)
     made: dict[str, Artifact] = {}
     for name in CHAIN[CHAIN.index(golden[0]) :]:
         with _gold_in(name if name in golden or name == "evaluate" else None, config):
             made[name] = _again(graph, store, name, made)
-    return made["evaluate"].read("metrics").to_pylist()
+    return _metrics(made["evaluate"])
 
 
 def _more_sft(graph: Graph) -> list[dict[str, Any]]:
@@ -154,7 +154,12 @@ def _more_sft(graph: Graph) -> list[dict[str, Any]]:
         )
     given = {"policy": made["train_sft"].output("reference")}
     with _gold_in("evaluate", config):
-        return _again(graph, store, "evaluate", {}, given).read("metrics").to_pylist()
+        return _metrics(_again(graph, store, "evaluate", {}, given))
+
+
+def _metrics(evaluate: Artifact) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = evaluate.read("metrics").to_pylist()
+    return rows
 
 
 def _store(config: Config, rung: str) -> Store:

@@ -21,7 +21,6 @@ Run: python benchmarks/rankers.py --set comparisons.num_validation_prompts=140
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,13 +117,13 @@ def _one(config: Config, data: _Data, kind: str, seed: int) -> dict[str, float]:
             work_directory=str(folder / "work"),
             output_directory=str(folder / "ranker"),
         )
-        done = {
+        figures = {
             "comparisons": settings.max_comparisons,
             "tokens": result.training.num_tokens,
             "seconds": time.monotonic() - started,
         }
-        (folder / "done.json").write_text(json.dumps(done), encoding="utf-8")
-    done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+        (folder / "done.json").write_text(json.dumps(figures), encoding="utf-8")
+    done: dict[str, float] = json.loads((folder / "done.json").read_text(encoding="utf-8"))
     return done | _judged(config, data, str(folder / "ranker"), seed)
 
 
@@ -200,4 +199,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -129,7 +129,7 @@ def core(num_prompts: int) -> None:
             some = candidates._replace(texts=np.where(is_copy, 0, candidates.texts))
             return select_many(some, beta=BETA, num_samples=NUM_SAMPLES)
 
-        work = [printed, lean, ours, with_copies, states]
+        work: list[Callable[[], Any]] = [printed, lean, ours, with_copies, states]
         printed_s, lean_s, ours_s, copies_s, ids_s = alternate(work, repeats=5)
         rounds = float(ours().num_rounds.mean())
         print(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -226,7 +227,7 @@ def for_cuda(cpu: Pins) -> Pins:
 
 
 def still_fitting(pins: Pins, wanted: Iterable[Requirement]) -> Pins:
-    ranges = {canonicalize_name(r.name): r.specifier for r in wanted}
+    ranges: dict[str, SpecifierSet] = {canonicalize_name(r.name): r.specifier for r in wanted}
     return {
         name: version
         for name, version in pins.items()
