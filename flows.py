@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from rso.artifact import Store
-from rso.config import load_config, resolve
+from rso.config import load_config, resolve_auto
 from stages import telling
 from stages.process import USER_MISTAKE, run_stage_process
 from stages.runner import Graph
@@ -44,7 +44,7 @@ def tell_on_stderr(*, is_on_console: bool) -> None:
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="{stage}")
 def run_stage_task(stage: str, config: str, overrides: list[str]) -> State[Any]:
     """Run one stage in its own process, unless the store has its artifact."""
-    settings = resolve(load_config(config, overrides))
+    settings = resolve_auto(load_config(config, overrides))
     graph = Graph(settings, Store(settings.store))
     run_logger: Any = get_run_logger()
     names, logger = list(graph.table), run_logger.getChild(TELLING)
@@ -71,7 +71,7 @@ def rso_full(config: str, overrides: list[str] | None = None) -> State[Any]:
     A stage starts after all stages before it have finished. The first failure ends the flow.
     """
     changes = overrides or []
-    settings = resolve(load_config(config, changes))
+    settings = resolve_auto(load_config(config, changes))
     for name in Graph(settings, Store(settings.store)).table:
         state = run_stage_task(name, config, changes, return_state=True)
         if not state.is_completed():

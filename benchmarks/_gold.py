@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from rso.aliases import Float32s
 from rso.labelling import labeller
-from rso.ranking import Candidates, Comparison, Float32, Rewards
+from rso.ranking import Comparison, PromptCandidates, PromptRewards
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class GoldRanker:
             raise ValueError(f"labeller {name} needs a human target, which rankers do not see")
         self._score = found.score
 
-    def compare(self, items: Sequence[Comparison], progress: Any = None) -> Float32:
+    def compare(self, items: Sequence[Comparison], progress: Any = None) -> Float32s:
         """Return the points of `a` less those of `b` [items]."""
         gaps = [self._points(i.prompt, i.a) - self._points(i.prompt, i.b) for i in items]
         return np.array(gaps, dtype=np.float32)
@@ -39,21 +40,21 @@ class GoldRanker:
 
     def both_orders(
         self, items: Sequence[Comparison], progress: Any = None
-    ) -> tuple[Float32, Float32]:
+    ) -> tuple[Float32s, Float32s]:
         """Return the margins of both orders [items], which are each other's negative."""
         forward = self.compare(items)
         return forward, -forward
 
     def rewards_many(
-        self, items: Sequence[Candidates], progress: Any = None, *, orders: str = "both"
-    ) -> list[Rewards]:
+        self, items: Sequence[PromptCandidates], progress: Any = None, *, orders: str = "both"
+    ) -> list[PromptRewards]:
         """Return the points of each item's responses less the baseline's."""
         found = []
         for item in items:
             base = self._points(item.prompt, item.baseline)
             gains = [self._points(item.prompt, text) - base for text in item.responses]
             values = np.array(gains, dtype=np.float32)
-            found.append(Rewards(-values, values if orders == "both" else None, 0))
+            found.append(PromptRewards(-values, values if orders == "both" else None, 0))
         return found
 
     def count_cut(self, prompts: Sequence[str]) -> int:

@@ -148,15 +148,15 @@ def write_model(arguments: argparse.Namespace, directory: Path) -> None:
     """Write the model in bfloat16, with an unlikely end-of-sequence token: no side stops early."""
     import torch
 
-    from rso.models import load_model, load_tokenizer, resolve, save_model
+    from rso.models import load_model, load_tokenizer, resolve_model, save_model
 
     is_shape = arguments.model in SHAPES
     source = arguments.tokenizer if is_shape else arguments.model
-    tokenizer = load_tokenizer(resolve(source).location)
+    tokenizer = load_tokenizer(resolve_model(source).location)
     model: Any = (
         make_model(arguments, len(tokenizer))
         if is_shape
-        else load_model(resolve(source).location, dtype="float32")
+        else load_model(resolve_model(source).location, dtype="float32")
     )
     # The last token of the vocabulary: no word of the prompts leads to it.
     model.generation_config.eos_token_id = model.config.vocab_size - 1

@@ -28,7 +28,7 @@ from ladder import figures
 
 from rso import seeds
 from rso.artifact import Store
-from rso.config import load_config, resolve
+from rso.config import load_config, resolve_auto
 from rso.evaluation import HUMAN, POINTS, POLICY, REFERENCE
 from stages.runner import Graph
 
@@ -75,7 +75,7 @@ def main() -> None:
     settings = [part for override in overrides for part in ("--set", override)]
     subprocess.run([*command, *settings], check=True)
     wall = time.monotonic() - started
-    config = resolve(load_config(arguments.config, overrides))
+    config = resolve_auto(load_config(arguments.config, overrides))
     graph = Graph(config, Store(config.store))
     made = {name: found for name in graph.table if (found := graph.find(name)) is not None}
     ranker = made["train_ranker"].manifest.counters

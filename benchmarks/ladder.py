@@ -36,7 +36,7 @@ from _sides import machine
 
 from rso.artifact import Artifact, Store
 from rso.code_digest import code_digest
-from rso.config import Config, load_config, resolve
+from rso.config import Config, load_config, resolve_auto
 from rso.evaluation import POLICY, REFERENCE, find
 from stages.runner import Graph, run_stage
 
@@ -62,7 +62,7 @@ SHOWN = (
 def main() -> None:
     """Run the chosen rungs and write their figures."""
     arguments = _arguments()
-    config = resolve(load_config(arguments.config, [f"seed={arguments.seed}", *arguments.set]))
+    config = resolve_auto(load_config(arguments.config, [f"seed={arguments.seed}", *arguments.set]))
     _check(config)
     graph = Graph(config, Store(config.store))
     for name in graph.table:
@@ -101,7 +101,7 @@ def _check(config: Config) -> None:
         sys.exit("ladder: score.objectives names rankers; expected the trained one alone")
 
 
-def figures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def figures(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures that the ladder compares, for greedy and for sampled answers.
 
     `gold_win_rate` is [value, low, high]. Other figures are [policy, reference].

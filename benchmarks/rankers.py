@@ -33,10 +33,10 @@ from pipelines.score import RankerSource
 from rso.artifact import Store
 from rso.calibration import judge, positional_bias
 from rso.code_digest import code_digest
-from rso.config import Config, TrainRanker, identity, load_config, resolve
+from rso.config import Config, TrainRanker, identity, load_config, resolve_auto
 from rso.fingerprint import fingerprint
 from rso.labelling import labeller
-from rso.ranking import Candidates, Comparison
+from rso.ranking import Comparison, PromptCandidates
 from rso.training import ranker as training
 from stages.runner import Graph, run_stage
 from stages.train_ranker import FIELDS, fold
@@ -53,7 +53,7 @@ NUM_PROMPTS = 24
 def main() -> None:
     """Train and judge every kind with every seed."""
     arguments = _arguments()
-    config = resolve(load_config(arguments.config, arguments.set))
+    config = resolve_auto(load_config(arguments.config, arguments.set))
     for name in ("prepare", "train_sft", "compare", "decode"):
         run_stage(Graph(config, Store(config.store)), name)
     graph = Graph(config, Store(config.store))
@@ -91,7 +91,7 @@ class _Data:
         for row in decode.read("candidates").to_pylist():
             texts.setdefault(row["prompt_id"], []).append(row)
         self.candidates = [
-            Candidates(
+            PromptCandidates(
                 prompts[prompt_id],
                 next(r["response"] for r in group if r["is_baseline"]),
                 [r["response"] for r in group],

@@ -18,13 +18,12 @@ from pathlib import Path
 import torch
 
 from rso.allocator import keep_freed_memory
-from rso.config import Config, load_config, resolve
+from rso.config import Config, load_config, resolve_auto
 from rso.decoding import Request, Sampling
 from rso.decoding.transformers_engine import TransformersDecoder
 from rso.logps import response_logps
-from rso.models import load_model, load_tokenizer, save_model
-from rso.models import resolve as resolve_model
-from rso.prefix import Row
+from rso.models import load_model, load_tokenizer, resolve_model, save_model
+from rso.prefix import PrefixRow
 from rso.templates import encode_prompt, encode_response
 from rso.training.sft import Demonstration, train_sft
 
@@ -35,7 +34,7 @@ def main() -> None:
     """Print the median rate of each kind of work and the spread over the repeats."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/quickstart.yaml")
-    config = resolve(load_config(parser.parse_args().config))
+    config = resolve_auto(load_config(parser.parse_args().config))
     keep_freed_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as directory:
@@ -66,7 +65,7 @@ def inference_rates(config: Config, directory: str) -> None:
     tokenizer = load_tokenizer(directory)
     model = load_model(directory, dtype=config.compute.dtype, attention=config.compute.attention)
     rows = [
-        Row(
+        PrefixRow(
             encode_prompt(tokenizer, config.templates, row.prompt),
             [encode_response(tokenizer, config.templates, row.target, eos=True)],
         )

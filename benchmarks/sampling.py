@@ -32,6 +32,7 @@ import numpy as np
 import pyarrow as pa
 
 from rso import seeds
+from rso.aliases import UInt64s
 from rso.config import Beam, Reject
 from rso.parquet import read_shard, write_shard
 from rso.rejection import Candidates, select_many, states_of
@@ -95,7 +96,7 @@ def core(num_prompts: int) -> None:
     texts = [[f"response {i}" for i in range(NUM_CANDIDATES)]] * num_prompts
     sizes = np.full(num_prompts, NUM_CANDIDATES)
 
-    def states() -> seeds.UInt64s:
+    def states() -> UInt64s:
         return states_of(seeds.hashes(prompt_ids), sizes, seeds.hashes(ids), seed=0)
 
     print(f"\ncore: {num_prompts:,} prompts x {NUM_CANDIDATES}, k = {NUM_SAMPLES}")
@@ -217,13 +218,14 @@ def write_inputs(directory: Path, num_prompts: int) -> None:
 
 def measure(directory: Path) -> dict[str, float]:
     """Return seconds and peak MiB of the pipeline, then seconds of its parts, run one by one."""
-    from pipelines.reject import COLUMNS, RejectShard
+    from pipelines.reject import REJECT_COLUMNS, RejectShard
     from pipelines.shards import Dataset, Plan, map_shards
     from rso.parquet import num_shards
 
     total = num_shards(str(directory / "rewards"))
     inputs = {
-        name: Dataset(str(directory / name), name, columns) for name, columns in COLUMNS.items()
+        name: Dataset(str(directory / name), name, columns)
+        for name, columns in REJECT_COLUMNS.items()
     }
     outputs = {name: Dataset(str(directory / name), name) for name in ("accepted", "diagnostics")}
     function = RejectShard(Reject(beta=BETA, num_samples=NUM_SAMPLES), seed=0)

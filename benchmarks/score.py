@@ -129,7 +129,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 def candidates(arguments: argparse.Namespace) -> list[Any]:
     """Return 16 prompts with their candidates: random words of one token each."""
-    from rso.ranking import Candidates
+    from rso.ranking import PromptCandidates
 
     words, draw = one_token_words(arguments.directory / "model"), random.Random(0)
 
@@ -143,7 +143,7 @@ def candidates(arguments: argparse.Namespace) -> list[Any]:
 
     def item() -> Any:
         texts = responses()
-        return Candidates(text(CONTEXT_TOKENS, CONTEXT_TOKENS), texts[0], texts)
+        return PromptCandidates(text(CONTEXT_TOKENS, CONTEXT_TOKENS), texts[0], texts)
 
     return [item() for _ in range(16)]
 

@@ -128,11 +128,11 @@ def make_pairs(name: str, arguments: argparse.Namespace) -> None:
     import torch
 
     from rso.logps import response_logps
-    from rso.models import load_model, load_tokenizer, resolve, save_model
-    from rso.prefix import Row
+    from rso.models import load_model, load_tokenizer, resolve_model, save_model
+    from rso.prefix import PrefixRow
 
     shape = SHAPES[name]
-    location = resolve(arguments.model).location
+    location = resolve_model(arguments.model).location
     model = load_model(location, dtype="float32", device=arguments.device)
     tokenizer = load_tokenizer(location)
     save_model(model, tokenizer, arguments.directory / "model", dtype=torch.float32)
@@ -142,7 +142,7 @@ def make_pairs(name: str, arguments: argparse.Namespace) -> None:
         return [draw.randrange(100, model.config.vocab_size) for _ in range(size)]
 
     rows = [
-        Row(
+        PrefixRow(
             ids(shape.prompt_tokens),
             [[*ids(draw.randint(*shape.response_tokens) - 1), 2] for _ in range(shape.responses)],
         )
@@ -193,10 +193,10 @@ def train_ours(
     A step has as many micro-batches as `--token-budget` makes.
     """
     from rso.config import Compute, TrainPolicy
-    from rso.prefix import Row
-    from rso.training.loading import load
+    from rso.prefix import PrefixRow
+    from rso.training.loading import load_for_training
     from rso.training.policy import PolicyExample, PolicyTrainer
-    from rso.training.steps import Steps, by_prompt
+    from rso.training.steps import Steps, group_by_prompt
 
     settings = TrainPolicy(
         loss=LOSSES[arguments.loss],
@@ -207,10 +207,10 @@ def train_ours(
         checkpoint_steps=10**9,
     )
     compute = Compute(dtype=arguments.dtype, device=arguments.device)
-    model, tokenizer = load(str(arguments.directory / "model"), compute)
+    model, tokenizer = load_for_training(str(arguments.directory / "model"), compute)
 
     def build(items: Sequence[int]) -> list[PolicyExample]:
-        groups = by_prompt(items, [str(pair.prompt) for pair in pairs])
+        groups = group_by_prompt(items, [str(pair.prompt) for pair in pairs])
         return [example(prompt_id, [pairs[i] for i in group]) for prompt_id, group in groups]
 
     def example(prompt_id: str, group: Sequence[Pair]) -> PolicyExample:
@@ -221,7 +221,7 @@ def train_ours(
         place = {response: number for number, response in enumerate(branches)}
         return PolicyExample(
             prompt_id,
-            Row(group[0].prompt_ids, [ids for ids, _ in branches.values()]),
+            PrefixRow(group[0].prompt_ids, [ids for ids, _ in branches.values()]),
             tuple(map(str, branches)),
             tuple((place[pair.chosen], place[pair.rejected]) for pair in group),
             tuple(logp for _, logp in branches.values()),

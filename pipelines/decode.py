@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from pipelines.shards import Counters, Shard
+from pipelines.shards import Shard
 from pipelines.tables import select_ids, table_of
 from rso import config, ids, seeds
+from rso.aliases import Counters
 from rso.decoding import (
     Decoded,
     Decoder,

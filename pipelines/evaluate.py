@@ -15,7 +15,7 @@ from rso import config, ids
 from rso.evaluation import ANCESTRAL, judge_by_gold, judge_by_length, judge_by_logits, matches
 from rso.labelling import labeller
 from rso.logps import response_logps
-from rso.prefix import Row
+from rso.prefix import PrefixRow
 from rso.progress import progress
 from rso.ranking import Comparison, Ranker
 from rso.templates import encode_prompt, judged_text
@@ -108,7 +108,7 @@ class MergeShard:
             ("reference_logps", policies.reference, self.reference),
         ):
             packed = [
-                Row(
+                PrefixRow(
                     encode_prompt(policy.tokenizer, source.templates, prompts[row["prompt_id"]]),
                     [row["token_ids"]],
                 )

@@ -11,7 +11,7 @@ from pipelines.tables import table_of
 from rso import config
 from rso.logps import response_logps
 from rso.models import load_model, load_tokenizer
-from rso.prefix import Row
+from rso.prefix import PrefixRow
 from rso.progress import progress
 from rso.templates import encode_prompt
 
@@ -56,7 +56,7 @@ class LogpsShard:
         """Return the log-probabilities of the shard's responses, summed over their tokens, nats."""
         prompts, responses = responses_of(tables["pairs"])
         rows = [
-            Row(
+            PrefixRow(
                 encode_prompt(policy.tokenizer, self.policy.templates, prompts[prompt_id]),
                 list(branches.values()),
             )

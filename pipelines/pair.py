@@ -8,19 +8,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.rewards import finite_rewards
+from pipelines.rewards import reward_column
 from pipelines.score import AnyRanker
 from pipelines.shards import Shard
 from pipelines.tables import IDS, by_prompt, require_same_ids, table_of
 from rso import config, ids, seeds
+from rso.aliases import Row
 from rso.models import load_tokenizer
 from rso.pairing import Game, Tournament, best_vs_random, best_vs_worst
 from rso.progress import progress
 from rso.ranking import Comparison, Ranker
 from rso.templates import encode_response
 
-Row = dict[str, Any]
-COLUMNS = {
+PAIR_COLUMNS = {
     "candidates": (*IDS, "response", "token_ids"),
     "accepted": (*IDS, "reward", "is_accepted"),
     "prompts": ("prompt_id", "prompt", "split"),
@@ -43,7 +43,7 @@ class Samples(NamedTuple):
         return [row[name] for row in self.rows]
 
 
-class Match(NamedTuple):
+class PlayedGame(NamedTuple):
     """A game and its logit, averaged over both orders; positive if the first response is better."""
 
     samples: Samples
@@ -112,7 +112,7 @@ class PairShard:
     def _samples(self, tables: Mapping[str, pa.Table]) -> list[Samples]:
         prompts = {row["prompt_id"]: row for row in tables["prompts"].to_pylist()}
         chosen, rows = tables["accepted"], tables["candidates"]
-        finite_rewards(chosen, "pair")
+        reward_column(chosen, "pair")
         if self.settings.source == "rso-sample-rank":
             chosen = chosen.filter(pc.field("is_accepted"))
         rows = rows.filter(pc.is_in(rows["response_id"], value_set=chosen["response_id"]))
@@ -133,7 +133,7 @@ class PairShard:
             return best_vs_worst(*columns, prompt_id=samples.prompt_id)
         return best_vs_random(*columns, prompt_id=samples.prompt_id, seed=self.seed)
 
-    def _draw(self, ranker: Ranker, samples: Sequence[Samples]) -> tuple[list[Match], int]:
+    def _draw(self, ranker: Ranker, samples: Sequence[Samples]) -> tuple[list[PlayedGame], int]:
         """Play the first round or the whole tournament; return the matches and number of byes."""
         brackets = [
             Tournament(one.column("response_id"), prompt_id=one.prompt_id, seed=self.seed)
@@ -150,7 +150,7 @@ class PairShard:
 
     def _label(
         self, ranker: Ranker, samples: Sequence[Samples], games: Sequence[Sequence[Game]]
-    ) -> list[Match]:
+    ) -> list[PlayedGame]:
         flat = [(one, game) for one, played in zip(samples, games, strict=True) for game in played]
         comparisons = [
             Comparison(one.prompt["prompt"], *(one.rows[index]["response"] for index in game[:2]))
@@ -159,7 +159,8 @@ class PairShard:
         with progress("pair", total=2 * len(flat), unit="comparisons") as bar:
             logits = ranker.preference(comparisons, progress=bar)
         return [
-            Match(one, game, float(logit)) for (one, game), logit in zip(flat, logits, strict=True)
+            PlayedGame(one, game, float(logit))
+            for (one, game), logit in zip(flat, logits, strict=True)
         ]
 
 
@@ -225,7 +226,7 @@ def is_identical(first: Row, second: Row) -> bool:
     return any(first[name] == second[name] for name in ("response", "token_ids"))
 
 
-def pair_row(match: Match, origin: str) -> Row:
+def pair_row(match: PlayedGame, origin: str) -> Row:
     """Return the `pairs` row of a match; the response that the logit favours is chosen."""
     chosen, rejected = match.sides
     return _row(
@@ -259,7 +260,7 @@ def _row(
     }
 
 
-def _winners(matches: Sequence[Match], samples: Sequence[Samples]) -> list[list[int]]:
+def _winners(matches: Sequence[PlayedGame], samples: Sequence[Samples]) -> list[list[int]]:
     winners: dict[str, list[int]] = {one.prompt_id: [] for one in samples}
     for match in matches:
         winner = match.game.first if match.logit >= 0 else match.game.second

@@ -9,14 +9,15 @@ from typing import Any
 
 import apache_beam as beam
 
-from pipelines.shards import Counters, Dataset, Plan, Shard, finish_shard, run_and_sum
+from pipelines.shards import Dataset, Plan, Shard, finish_shard, run_and_sum
 from pipelines.tables import table_of
 from rso import config
+from rso.aliases import Counters
 from rso.ids import shard_of
 from rso.progress import progress
 from rso.sources import (
-    Example,
-    Refusal,
+    RefusedRow,
+    SourceRow,
     TokenCounter,
     check_settings,
     parse_row,
@@ -24,8 +25,8 @@ from rso.sources import (
     read_source,
 )
 
-Item = Example | Refusal
-OUTPUTS = ("prompts", "demonstrations", "comparisons", "quarantine")
+Item = SourceRow | RefusedRow
+PREPARE_OUTPUTS = ("prompts", "demonstrations", "comparisons", "quarantine")
 
 
 def prepare_shards(
@@ -51,7 +52,7 @@ def prepare_shards(
     plan = Plan(
         "prepare",
         {},
-        {name: Dataset(outputs[name], name) for name in OUTPUTS},
+        {name: Dataset(outputs[name], name) for name in PREPARE_OUTPUTS},
         counters,
         num_shards,
     )
@@ -120,11 +121,11 @@ class _Write(beam.DoFn):
         prepared = prepare_rows(
             (item for item in items if item is not None), seed=self._seed, shares=self._shares
         )
-        tables = {name: table_of(name, getattr(prepared, name)) for name in OUTPUTS}
+        tables = {name: table_of(name, getattr(prepared, name)) for name in PREPARE_OUTPUTS}
         finish_shard(self._plan, index, Shard(tables, dict(prepared.counts)))
         yield index
 
 
 def _key(item: Item) -> str:
     # A row that was refused by itself has no prompt. Its position spreads such rows over shards.
-    return item.prompt_id if isinstance(item, Example) else f"{item.order[0]}:{item.order[1]}"
+    return item.prompt_id if isinstance(item, SourceRow) else f"{item.order[0]}:{item.order[1]}"

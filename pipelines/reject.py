@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipelines.rewards import finite_rewards, text_numbers
-from pipelines.shards import Counters, Shard
-from pipelines.tables import IDS, hashes, prompt_runs, require_same_ids
+from pipelines.rewards import reward_column, text_numbers
+from pipelines.shards import Shard
+from pipelines.tables import IDS, id_hashes, prompt_runs, require_same_ids
 from rso import config
+from rso.aliases import Counters
 from rso.diagnostics import Diagnostics, diagnose, sums
 from rso.errors import UserError
 from rso.rejection import Candidates, Selections, select_many, states_of
 from schemas import SCHEMAS
 
-COLUMNS = {"candidates": (*IDS, "response"), "rewards": (*IDS, "reward")}
+REJECT_COLUMNS = {"candidates": (*IDS, "response"), "rewards": (*IDS, "reward")}
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ class RejectShard:
         prompt_ids, sizes = prompt_runs(rewards)
         candidates = Candidates(
             sizes=sizes,
-            states=states_of(hashes(prompt_ids), sizes, hashes(rewards["response_id"]), self.seed),
+            states=states_of(
+                id_hashes(prompt_ids), sizes, id_hashes(rewards["response_id"]), self.seed
+            ),
             texts=text_numbers(texts["response"]),
-            rewards=finite_rewards(rewards, "reject"),
+            rewards=reward_column(rewards, "reject"),
         )
         settings, tried = self.settings, {}
         for beta in all_betas(settings):

@@ -3,10 +3,11 @@
 import numpy as np
 import pyarrow as pa
 
-from rso.rejection import Floats, Indices, NonFiniteReward
+from rso.aliases import Floats, Indices
+from rso.rejection import NonFiniteReward
 
 
-def finite_rewards(table: pa.Table, stage: str) -> Floats:
+def reward_column(table: pa.Table, stage: str) -> Floats:
     """Return the column `reward` as float64 [n].
 
     Raises:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +11,17 @@ import pyarrow.compute as pc
 from pipelines.shards import Shard
 from pipelines.tables import by_prompt, require_same_ids, table_of
 from rso import config, ids, seeds
+from rso.aliases import Row
 from rso.objectives import weighted_sum
 from rso.progress import progress
-from rso.ranking import Candidates, Comparison, Ranker, Rewards, WeightedRanker, load_ranker
+from rso.ranking import (
+    Comparison,
+    PromptCandidates,
+    PromptRewards,
+    Ranker,
+    WeightedRanker,
+    load_ranker,
+)
 from rso.templates import judged_text
 from schemas import SCHEMAS
 
@@ -55,7 +63,6 @@ AnyRanker = RankerSource | WeightedSource
 
 
 HELD_OUT, CANDIDATES = "held_out", "candidates"
-Row = dict[str, Any]
 
 
 class Scored(NamedTuple):
@@ -64,7 +71,7 @@ class Scored(NamedTuple):
     prompt_id: str
     response_ids: list[str]
     baseline: int
-    texts: Candidates
+    texts: PromptCandidates
 
     @property
     def baseline_id(self) -> str:
@@ -130,7 +137,7 @@ class ScoreShard:
         )
 
     def _flips(
-        self, ranker: Ranker, scored: Sequence[Scored], rewards: Sequence[Rewards]
+        self, ranker: Ranker, scored: Sequence[Scored], rewards: Sequence[PromptRewards]
     ) -> list[Row]:
         """Return the check rows of one pair per prompt in `flipped`, with both orders.
 
@@ -191,7 +198,7 @@ def _scored(tables: Mapping[str, pa.Table]) -> list[Scored]:
     for prompt_id, group in by_prompt(tables["candidates"]):
         responses = group["response"].to_pylist()
         (baseline,) = np.flatnonzero(group["is_baseline"].to_numpy(zero_copy_only=False))
-        texts = Candidates(prompts[prompt_id], responses[baseline], responses)
+        texts = PromptCandidates(prompts[prompt_id], responses[baseline], responses)
         scored.append(Scored(prompt_id, group["response_id"].to_pylist(), int(baseline), texts))
     return scored
 

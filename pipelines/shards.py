@@ -20,11 +20,10 @@ from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
 from pipelines.workers import Workers
+from rso.aliases import Counters
 from rso.config import Beam
 from rso.errors import PromptError, UserError
 from rso.parquet import read_shard, write_shard
-
-Counters = dict[str, float]
 
 
 class Dataset(NamedTuple):

@@ -62,7 +62,7 @@ def require_same_ids(stage: str, **tables: pa.Table) -> None:
     )
 
 
-def hashes(ids: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+def id_hashes(ids: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     """Return `seeds.hashes` of a column of ids; a column of 16-byte ids makes no Python objects."""
     column = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
     width = seeds.HEX_DIGITS

@@ -7,15 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.rewards import finite_rewards, text_numbers
+from pipelines.rewards import reward_column, text_numbers
 from pipelines.shards import Shard
 from pipelines.tables import IDS, prompt_runs, require_same_ids
 from rso import config
-from rso.rejection import Indices
+from rso.aliases import Indices
 from rso.targets import Bounds, distinct_by_reward, raft_targets, ranks, rest_targets
 from schemas import SCHEMAS
 
-COLUMNS = {
+TARGET_COLUMNS = {
     "candidates": (*IDS, "response", "finish_reason"),
     "rewards": (*IDS, "reward"),
     "prompts": ("prompt_id", "prompt", "split"),
@@ -31,7 +31,7 @@ class BoundsShard:
 
     def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
         """Return the maxima of the rewards and of the negated rewards; -inf without rewards."""
-        rewards = finite_rewards(tables["rewards"], "targets")
+        rewards = reward_column(tables["rewards"], "targets")
         signs = {"max_reward": rewards, "max_negated_reward": -rewards}
         return Shard({}, {name: float(v.max(initial=-np.inf)) for name, v in signs.items()})
 
@@ -58,7 +58,7 @@ class TargetShard:
         """
         candidates = tables["candidates"]
         require_same_ids("targets", rewards=tables["rewards"], candidates=candidates)
-        rewards = finite_rewards(tables["rewards"], "targets")
+        rewards = reward_column(tables["rewards"], "targets")
         _, sizes = prompt_runs(candidates)
         texts = text_numbers(candidates["response"])
         if self.settings.method == "raft":

@@ -24,8 +24,8 @@ from transformers.masking_utils import sdpa_mask
 from rso import flash_on_gpu
 from rso.flash_on_gpu import Spans
 
-ATTENTION = "branches"
-"""The name of `attention` in transformers' registry, and in `compute.attention`."""
+BRANCHES = "branches"
+"""The name of `branch_attention` in transformers' registry, and in `compute.attention`."""
 
 Span = tuple[int, int]
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -103,7 +103,7 @@ class Layout:
         return torch.cat([torch.arange(*span) for span in spans]).to(self.device)
 
 
-def attention(
+def branch_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -146,7 +146,7 @@ def attention(
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-    """Return what `attention` does with a layout, from one mask over the whole sequence.
+    """Return what `branch_attention` does with a layout, from one mask over the whole sequence.
 
     Time and memory are quadratic in the number of tokens.
     """
@@ -314,5 +314,5 @@ class _OnGpu(torch.autograd.Function):
         return dq.to(ctx.dtypes[0]), dk.to(ctx.dtypes[1]), dv, None, None
 
 
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionInterface.register(BRANCHES, branch_attention)
+AttentionMaskInterface.register(BRANCHES, sdpa_mask)

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
+from rso.aliases import Floats
 from rso.statistics import Interval, Values, bootstrap_mean, wilson
-
-Floats = npt.NDArray[np.float64]
 
 # Fewer than so many comparisons tell nothing of a bin.
 _LEAST_IN_A_BIN = 12

@@ -62,8 +62,8 @@ def _options(
     """Options before the command; `main` reads --debug from the command line."""
 
 
-@app.command()
-def run(
+@app.command("run")
+def run_command(
     config: ConfigArgument = DEFAULT_CONFIG,
     set_: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
     verify_bytes: VerifyOption = False,
@@ -85,8 +85,8 @@ def run(
     _print_results(graph, as_json, cached)
 
 
-@app.command()
-def plan(
+@app.command("plan")
+def plan_command(
     config: ConfigArgument = DEFAULT_CONFIG,
     set_: SetOption = [],  # noqa: B006
     as_json: JsonOption = False,
@@ -202,8 +202,8 @@ def show(
             console.print(_short(row))
 
 
-@app.command()
-def schema(
+@app.command("schema")
+def schema_command(
     name: Annotated[str, typer.Argument(help="Name of a dataset artifact, e.g. pairs.")],
     as_json: JsonOption = False,
 ) -> None:
@@ -282,7 +282,7 @@ def report(
 
 
 @export.command("pairs")
-def export_pairs(
+def export_pairs_command(
     form: Annotated[
         str, typer.Option("--format", metavar="trl|openrlhf|llama-factory", help="Which trainer.")
     ],
@@ -299,16 +299,16 @@ def export_pairs(
 
     Each trainer builds from it the text that `rso` trains on. docs/export.md says how to start one.
     """
-    from rso.export import export_pairs as write_pairs
-    from rso.models import load_tokenizer, resolve
+    from rso.export import export_pairs
+    from rso.models import load_tokenizer, resolve_model
 
     graph = _graph(config, set_)
-    done = write_pairs(
+    done = export_pairs(
         _artifact(graph, "pair"),
         form,
         out,
         graph.config.templates,
-        lambda: load_tokenizer(resolve(graph.config.model).location),
+        lambda: load_tokenizer(resolve_model(graph.config.model).location),
         split=split,
         force=force,
     )
@@ -341,10 +341,10 @@ def main() -> None:
 
 def _graph(config: Path, overrides: list[str], *, verify: bool = False) -> "Graph":
     from rso.artifact import Store
-    from rso.config import load_config, resolve
+    from rso.config import load_config, resolve_auto
     from stages.runner import Graph
 
-    settings = resolve(load_config(config, overrides))
+    settings = resolve_auto(load_config(config, overrides))
     return Graph(settings, Store(settings.store), verify=verify)
 
 

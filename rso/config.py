@@ -246,7 +246,7 @@ class TrainSft(Optimisation):
     )
 
 
-class Sampling(Section):
+class DecodeSampling(Section):
     """How responses are drawn."""
 
     temperature: float = Field(0.7, ge=0, description="0 is greedy.")
@@ -255,7 +255,7 @@ class Sampling(Section):
     max_new_tokens: Count = Field(128, description="Longest response, end of sequence included.")
 
 
-Engine = Literal["auto", "transformers", "vllm", "vllm-server"]
+EngineName = Literal["auto", "transformers", "vllm", "vllm-server"]
 
 
 class Comparisons(Section):
@@ -270,8 +270,10 @@ class Comparisons(Section):
     num_validation_prompts: Count = Field(200, description="Validation prompts likewise.")
     num_samples: int = Field(4, ge=2, description="Decodes a prompt.")
     pairs_per_prompt: Count = Field(1, description="Distinct decodes paired, most pairs a prompt.")
-    sampling: Sampling = Field(default_factory=Sampling, description="How decodes are drawn.")
-    engine: Engine = Field("transformers", description="Decoding engine.")
+    sampling: DecodeSampling = Field(
+        default_factory=DecodeSampling, description="How decodes are drawn."
+    )
+    engine: EngineName = Field("transformers", description="Decoding engine.")
 
 
 class TrainRanker(Optimisation):
@@ -353,10 +355,12 @@ class Decode(Section):
         description="`reference`, or a model source to decode from: a later round's proposal. Its "
         "content, not its name, is part of the identity.",
     )
-    engine: Engine = Field("auto", description="auto: vllm where it is installed.")
+    engine: EngineName = Field("auto", description="auto: vllm where it is installed.")
     num_samples: Count = Field(64, description="Candidates a prompt.")
     num_prompts: Count | None = Field(None, description="Training prompts used; null for all.")
-    sampling: Sampling = Field(default_factory=Sampling, description="How candidates are drawn.")
+    sampling: DecodeSampling = Field(
+        default_factory=DecodeSampling, description="How candidates are drawn."
+    )
 
 
 TRAINED = "trained"
@@ -574,7 +578,7 @@ class Evaluate(Section):
 
     split: Split = Field("test", description="Prompts to judge.")
     num_prompts: Count | None = Field(None, description="At most so many; null for all.")
-    engine: Engine = Field("transformers", description="Decoding engine.")
+    engine: EngineName = Field("transformers", description="Decoding engine.")
     max_new_tokens: Count = Field(128, description="Longest answer.")
     sampling: AnswerSampling | None = Field(
         default_factory=AnswerSampling,
@@ -724,7 +728,7 @@ def is_identity(field: FieldInfo) -> bool:
     return not (isinstance(extra, dict) and extra.get(IDENTITY) is False)
 
 
-def resolve(config: Config) -> Config:
+def resolve_auto(config: Config) -> Config:
     """Return `config` with each `auto` engine and dtype replaced by its value on this machine.
 
     An engine becomes vllm if the package is installed, else transformers. The dtype becomes
@@ -750,7 +754,7 @@ def has_gpu() -> bool:
 
 
 def dtype_reason(compute: Compute) -> str:
-    """Return why `resolve` chooses its dtype for these settings, as words for the user."""
+    """Return why `resolve_auto` chooses its dtype for these settings, as words for the user."""
     if compute.dtype == "bfloat16" and not _computes_bfloat16(compute):
         return "compute.dtype says so; this CPU has no bfloat16 and emulates it slowly"
     if compute.dtype != "auto":

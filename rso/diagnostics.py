@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from rso.rejection import Candidates, Indices, Rewards, Selections, acceptance_probabilities
+from rso.aliases import Bools, Floats, Indices
+from rso.rejection import Candidates, RewardsLike, Selections, acceptance_probabilities
 
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
 Point = dict[str, float]
 
 # With fewer effective samples than this share of `num_samples`, sampling becomes best-of-N: only a
@@ -95,7 +93,7 @@ def effective_sample_sizes(rewards: Floats, sizes: Indices, beta: float) -> Floa
     return found
 
 
-def effective_sample_size(rewards: Rewards, beta: float) -> float:
+def effective_sample_size(rewards: RewardsLike, beta: float) -> float:
     """Kish's effective number (sum w)² / sum w² of n candidates with weights w = exp(reward / β).
 
     The number is between 1 and n, or 0 without candidates. It says how many samples of π_r (eq. 4)
@@ -196,7 +194,7 @@ def curve(totals: Mapping[float, Mapping[str, float]]) -> list[Point]:
     return points
 
 
-def advice(
+def sampling_advice(
     points: Sequence[Point],
     counters: Mapping[str, float],
     *,

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rso.aliases import Row
 from rso.labelling import Labeller
 from rso.statistics import Interval, bootstrap_mean, paired_bootstrap_difference, wilson, win_rate
 from rso.text_metrics import (
@@ -24,8 +25,7 @@ from rso.text_metrics import (
     top_opening,
 )
 
-Row = dict[str, Any]
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Row]
 
 POLICY, REFERENCE, HUMAN = "policy", "reference", "human"
 GREEDY, SAMPLED, ANCESTRAL = "greedy", "sampled", "ancestral"
@@ -48,8 +48,41 @@ CONTESTS = (
     Contest(POLICY, HUMAN),
     Contest(REFERENCE, HUMAN),
 )
-# Judges in the order in which they are shown; `gold` is the synthetic labeller itself.
-JUDGES = ("ranker", "gold_ranker", "gold", "length")
+
+
+class Judge(NamedTuple):
+    """What is written of a judge: in tables, in sentences, and as the explanation below a table."""
+
+    heading: str
+    name: str
+    meaning: str
+
+
+# Every judge, in the order in which they are shown. `gold` is the synthetic labeller itself.
+JUDGES: Mapping[str, Judge] = {
+    "ranker": Judge(
+        "Ranker",
+        "the ranker it was trained with",
+        "the model that labelled the pairs, so the policy was trained to please it",
+    ),
+    "gold_ranker": Judge(
+        "Gold ranker",
+        "the gold ranker",
+        "a model trained on comparisons of other prompts, unseen in training the policy",
+    ),
+    "gold": Judge(
+        "Known gold (synthetic)",
+        "the known synthetic gold",
+        "the stated function of text that labelled the comparisons: synthetic, but exact",
+    ),
+    "length": Judge(
+        "Length alone",
+        "length alone",
+        "prefers the response with more words and looks at nothing else",
+    ),
+}
+# Judges whose verdict is the conclusion: the first of them that judged.
+DECIDING = ("gold", "gold_ranker", "ranker")
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 EVEN = 0.5
 
@@ -225,7 +258,7 @@ def find(
     opponent: str = "",
     judge: str = "",
     sampling: str = GREEDY,
-) -> Mapping[str, Any] | None:
+) -> Row | None:
     """Return the row of a figure, or None.
 
     `sampling` is empty for figures of the human lines alone, and `ancestral` for the KL.
@@ -269,9 +302,9 @@ def gains(rows: Rows) -> list[str]:
 
     There is a text for greedy answers, and one for sampled answers where there are any.
 
-    The judge is the known gold where there is one, otherwise the gold ranker, otherwise the ranker.
+    The judge is the first of `DECIDING` that judged.
     """
-    for judge in ("gold", "gold_ranker", "ranker"):
+    for judge in DECIDING:
         found = {
             sampling: find(rows, "win_rate", opponent=REFERENCE, judge=judge, sampling=sampling)
             for sampling in ANSWERED
@@ -347,10 +380,7 @@ def _of_ten(share: float, other: float) -> tuple[str, str]:
 
 
 def _gain(row: Mapping[str, Any], judge: str) -> str:
-    name = {"gold": "the known synthetic gold", "gold_ranker": "the gold ranker"}.get(
-        judge, "the ranker it was trained with"
-    )
-    where = f"Under {name}"
+    where = f"Under {JUDGES[judge].name}"
     if row["sampling"] == SAMPLED:
         where = "On sampled answers, under the same judge,"
     figure = (
@@ -377,7 +407,7 @@ def _price(rows: Rows, sampling: str) -> str:
             direction = "rose" if row["value"] > 0 else "fell"
             digits = 1 if metric == "mean_words" else 3
             moved.append(f"{name} {direction} by {abs(row['value']):.{digits}f}")
-    return f"Meanwhile {' and '.join(moved)} a prompt." if moved else ""
+    return f"Meanwhile {' and '.join(moved)} per prompt." if moved else ""
 
 
 def _responses(generations: Rows, prompts: Rows, sampling: str) -> dict[str, dict[str, str]]:
@@ -543,6 +573,11 @@ def _decision(judge: str, match: Match, gap: float) -> Row:
 
 
 def _judgement(judge: str, match: Match, verdict: str, probability: float) -> Row:
+    if judge not in JUDGES:
+        raise ValueError(
+            f"found the judge {judge!r}, expected one of {', '.join(JUDGES)}: add it to JUDGES, so "
+            "that report and terminal show it"
+        )
     return {
         "prompt_id": match.prompt_id,
         "system": match.system,

@@ -7,15 +7,16 @@ LLaMA-Factory 0.9.5.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rso.aliases import Row
 from rso.artifact import Artifact
 from rso.config import Split, Templates
 from rso.errors import UserError
@@ -24,10 +25,6 @@ from rso.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Pair = Mapping[str, Any]
-"""A row of `pairs`."""
-Row = dict[str, Any]
 
 DATASET_INFO = "dataset_info.json"
 LOADERS = {".jsonl": "json", ".parquet": "parquet"}
@@ -106,7 +103,7 @@ def export_pairs(
     return Exported(rows, out, out.parent / DATASET_INFO)
 
 
-def trl_row(pair: Pair, templates: Templates, special: SpecialTexts) -> Row:
+def trl_row(pair: Row, templates: Templates, special: SpecialTexts) -> Row:
     """Return the pair as TRL's preference type, with an explicit prompt.
 
     `special` is not used: TRL puts the special tokens around plain text itself.
@@ -116,7 +113,7 @@ def trl_row(pair: Pair, templates: Templates, special: SpecialTexts) -> Row:
     return _plain(pair, templates, SpecialTexts("", ""))
 
 
-def openrlhf_row(pair: Pair, templates: Templates, special: SpecialTexts) -> Row:
+def openrlhf_row(pair: Row, templates: Templates, special: SpecialTexts) -> Row:
     """Return the pair for OpenRLHF with `prompt_key` prompt.
 
     Plain text holds its special tokens: OpenRLHF adds none before it, and would add a space with
@@ -127,7 +124,7 @@ def openrlhf_row(pair: Pair, templates: Templates, special: SpecialTexts) -> Row
     return _plain(pair, templates, special)
 
 
-def llama_factory_row(pair: Pair, templates: Templates, special: SpecialTexts) -> Row:
+def llama_factory_row(pair: Row, templates: Templates, special: SpecialTexts) -> Row:
     """Return the pair as LLaMA-Factory's preference type: sharegpt for chat, alpaca for plain text.
 
     Plain text holds its special tokens: the template `empty` adds none.
@@ -148,7 +145,7 @@ def llama_factory_row(pair: Pair, templates: Templates, special: SpecialTexts) -
 class Format:
     """How a trainer wants its rows."""
 
-    row: Callable[[Pair, Templates, SpecialTexts], Row]
+    row: Callable[[Row, Templates, SpecialTexts], Row]
     writes_special: bool
     """Whether plain text holds the texts of the special tokens."""
     has_dataset_info: bool = False
@@ -171,7 +168,7 @@ def special_texts(tokenizer: "PreTrainedTokenizerBase", templates: Templates) ->
     return SpecialTexts(bos, str(tokenizer.eos_token))
 
 
-def _messages(pair: Pair, templates: Templates) -> Row:
+def _messages(pair: Row, templates: Templates) -> Row:
     user = templates.instruction.replace("{prompt}", pair["prompt"])
     return {
         "prompt": [{"role": "user", "content": user}],
@@ -181,7 +178,7 @@ def _messages(pair: Pair, templates: Templates) -> Row:
     }
 
 
-def _plain(pair: Pair, templates: Templates, special: SpecialTexts) -> Row:
+def _plain(pair: Row, templates: Templates, special: SpecialTexts) -> Row:
     return {
         "prompt": special.bos + templates.prompt.replace("{prompt}", pair["prompt"]),
         "chosen": _response(pair, "chosen", templates) + special.eos,
@@ -190,13 +187,13 @@ def _plain(pair: Pair, templates: Templates, special: SpecialTexts) -> Row:
     }
 
 
-def _response(pair: Pair, side: str, templates: Templates) -> str:
+def _response(pair: Row, side: str, templates: Templates) -> str:
     # A decoded response begins with the prefix already: the policy was taught to write it.
     prefix = templates.response_prefix if pair["origin"] == "direct" else ""
     return f"{prefix}{pair[side]}"
 
 
-def _ours(pair: Pair) -> Row:
+def _ours(pair: Row) -> Row:
     return {name: pair[name] for name in ("pair_id", "prompt_id", "label_probability")}
 
 
@@ -214,7 +211,7 @@ def _check_target(out: Path, split: str | None, force: bool) -> None:
 
 
 def _batches(
-    artifact: Artifact, split: str | None, row: Callable[[Pair], Row]
+    artifact: Artifact, split: str | None, row: Callable[[Row], Row]
 ) -> Iterator[list[Row]]:
     num_rows = 0
     with progress("export", total=artifact.rows("pairs"), unit="pairs") as bar:

@@ -41,7 +41,7 @@ from typing import Literal, NamedTuple
 from rso.errors import UserError
 from rso.text_metrics import chrf as chrf_similarity
 
-Score = Callable[[str, str, str | None], float]
+TextScore = Callable[[str, str, str | None], float]
 
 FUNCTION_WORDS = frozenset(
     re.findall(
@@ -82,7 +82,7 @@ class Range(NamedTuple):
 
 
 # The parameters of `summary_quality`, all of them.
-POINTS = 10.0
+MOST_POINTS = 10.0
 BASE_SHARE = 0.2
 FLOOR = 0.25
 NUM_HEAVY_WORDS = 8
@@ -102,7 +102,7 @@ class Labeller:
 
     name: str
     meaning: str
-    score: Score
+    score: TextScore
     needs_target: bool = False
 
 
@@ -154,7 +154,7 @@ def coverage(prompt: str, response: str, target: str | None = None) -> float:
     return float(len(content & set(_words(response))) - num_beyond)
 
 
-def chrf(prompt: str, response: str, target: str | None) -> float:
+def chrf_to_target(prompt: str, response: str, target: str | None) -> float:
     """Similarity to the human line, 0 to 100 (chrF, Popović 2015). The prompt plays no part."""
     if target is None:
         raise UserError(
@@ -170,7 +170,7 @@ def summary_quality(prompt: str, response: str, target: str | None = None) -> fl
         return 0.0
     terms = quality_terms(prompt, response)
     worth = BASE_SHARE + (1 - BASE_SHARE) * terms.content
-    return POINTS * worth * math.prod(terms[1:])
+    return MOST_POINTS * worth * math.prod(terms[1:])
 
 
 def quality_terms(prompt: str, response: str) -> Terms:
@@ -200,7 +200,7 @@ LABELLERS: dict[str, Labeller] = {
             "with an opening of its own",
             summary_quality,
         ),
-        Labeller("chrf", "similarity to the human line (chrF)", chrf, needs_target=True),
+        Labeller("chrf", "similarity to the human line (chrF)", chrf_to_target, needs_target=True),
         Labeller("coverage", "content words of the prompt, minus words beyond ten", coverage),
         Labeller("length", "number of words, the longer the better", length),
     )

@@ -1,7 +1,7 @@
 """Whether a ranker likes length alone: one sentence, for the log and for the report."""
 
 
-def advice(stage: str, counters: dict[str, float]) -> str | None:
+def length_advice(stage: str, counters: dict[str, float]) -> str | None:
     """What to say of a ranker with these held-out figures; None where nothing is wrong.
 
     It likes length when it is right where the chosen text is the longer one and wrong where it is

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from rso.prefix import Row, branch_logps, collate, plan_batches, split_row
+from rso.prefix import PrefixRow, branch_logps, collate, plan_batches, split_row
 from rso.progress import progress as Bar
 
 
 def response_logps(
     model: PreTrainedModel,
-    rows: Sequence[Row],
+    rows: Sequence[PrefixRow],
     *,
     token_budget: int,
     progress: Bar | None = None,

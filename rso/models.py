@@ -3,7 +3,8 @@
 A source is `package:module/file.gguf`, a local path (a Hugging Face directory or a `.gguf` file),
 or a hub id `org/name@revision`. A directory may hold PEFT adapters, which name their base; adapters
 and base are one model. The identity of a model is a SHA-256 of its content or a hub commit, never a
-path. Importing this module, `resolve` and `model_digest` load no torch, so that planning is fast.
+path. Importing this module, `resolve_model` and `model_digest` load no torch, so that planning is
+fast.
 """
 
 import copy
@@ -92,7 +93,7 @@ def parse_source(text: str) -> ModelSource:
     raise _source_error(text, "nothing is at that path and it is no hub id")
 
 
-def resolve(source: str | ModelSource) -> ResolvedModel:
+def resolve_model(source: str | ModelSource) -> ResolvedModel:
     """Return the location of the model of `source` on this machine, and its content identity.
 
     A hub model is downloaded unless the local hub cache holds it.
@@ -110,7 +111,7 @@ def resolve(source: str | ModelSource) -> ResolvedModel:
     else:
         identity = {"sha256": _directory_digest(location)}
     if base_of(location) is not None:
-        of_base = resolve(adapters.base_source(location)).identity
+        of_base = resolve_model(adapters.base_source(location)).identity
         adapters.check_pinned(location, of_base)
         identity |= {f"base_{key}": value for key, value in of_base.items()}
     return ResolvedModel(identity, str(location))
@@ -150,7 +151,7 @@ def base_of(location: str | Path) -> str | None:
     return base
 
 
-def load_config(location: str | Path) -> "PreTrainedConfig":
+def load_model_config(location: str | Path) -> "PreTrainedConfig":
     """Return the configuration of the model at `location`: decoder-only or of the T5 family.
 
     The configuration of adapters is that of their base.
@@ -163,7 +164,7 @@ def load_config(location: str | Path) -> "PreTrainedConfig":
 
     base = base_of(location)
     if base is not None:
-        return load_config(base)
+        return load_model_config(base)
     directory, gguf = _split(location)
     if gguf is None and not (directory / "config.json").is_file():
         raise UserError(
@@ -193,7 +194,7 @@ def load_model(
     for training adapters.
 
     Raises:
-        UserError: there is no language model, `load_config` refuses it, it does not support
+        UserError: there is no language model, `load_model_config` refuses it, it does not support
             `attention`, bitsandbytes is missing, adapters do not fit their base or `quantise` was
             set for them, or no GPU is left for this worker.
     """
@@ -217,7 +218,7 @@ def load_model(
         merged: PreTrainedModel = adapters.merged(whole, location, target).to(device).eval()
         return merged
     directory, gguf = _split(location)
-    config = load_config(location)
+    config = load_model_config(location)
     options: dict[str, Any] = {"config": config}
     if gguf is not None:
         options["gguf_file"] = gguf
@@ -303,7 +304,7 @@ def load_generation_config(location: str | Path) -> "GenerationConfig":
     try:
         found: GenerationConfig = make.from_pretrained(location)
     except OSError:
-        found = make.from_model_config(load_config(location))
+        found = make.from_model_config(load_model_config(location))
     return found
 
 

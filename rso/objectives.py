@@ -10,12 +10,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from rso.aliases import Float32s
 from rso.config import Objective, Score
 from rso.errors import UserError
-
-Float32 = NDArray[np.float32]
 
 
 def objectives_of(settings: Score) -> tuple[Objective, ...]:
@@ -29,7 +27,7 @@ def coefficients(weights: Sequence[float], scales: Sequence[float]) -> list[floa
     return [weight / total / scale for weight, scale in zip(weights, scales, strict=True)]
 
 
-def weighted_sum(values: Sequence[Float32], factors: Sequence[float]) -> Float32:
+def weighted_sum(values: Sequence[Float32s], factors: Sequence[float]) -> Float32s:
     """Return the sum over objectives of factor times values [n], taken in float64: [n]."""
     products = [f * value.astype(np.float64) for f, value in zip(factors, values, strict=True)]
     return np.asarray(np.sum(products, axis=0), dtype=np.float32)

@@ -10,7 +10,7 @@ import torch
 from rso.errors import UserError
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class BatchSize:
@@ -26,7 +26,7 @@ class BatchSize:
         self.size, self._is_halved = size, False
         self._unit, self._what, self._advice = unit, what, advice
 
-    def attempt(self, run: Callable[[int], T], most: int | None = None) -> T:
+    def attempt(self, run: Callable[[int], _T], most: int | None = None) -> _T:
         """Return `run(size)`; if memory runs out, halve the size and try again.
 
         `most` is the number of units that there are. If it is below `size`, the first batch has

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rso import seeds
-from rso.rejection import Floats, Rewards, finite_rewards
+from rso.aliases import Floats
+from rso.rejection import RewardsLike, finite_rewards
 
 
 class Game(NamedTuple):
@@ -113,7 +114,7 @@ def tournament(
 
 
 def best_vs_worst(
-    ids: Sequence[str], texts: Sequence[str], rewards: Rewards, *, prompt_id: str
+    ids: Sequence[str], texts: Sequence[str], rewards: RewardsLike, *, prompt_id: str
 ) -> list[Game]:
     """One game: the sample with the highest reward, as `first`, against that with the lowest.
 
@@ -132,7 +133,7 @@ def best_vs_worst(
 
 
 def best_vs_random(
-    ids: Sequence[str], texts: Sequence[str], rewards: Rewards, *, prompt_id: str, seed: int
+    ids: Sequence[str], texts: Sequence[str], rewards: RewardsLike, *, prompt_id: str, seed: int
 ) -> list[Game]:
     """One game: the sample with the highest reward, as `first`, against one drawn by key.
 

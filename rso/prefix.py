@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rso.branch_attention import ATTENTION, Layout, Span
+from rso.branch_attention import BRANCHES, Layout, Span
 
 # Elements of the largest block of logits in memory: 64 MiB in fp32.
 LOGITS_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
-class Row:
+class PrefixRow:
     """Token ids of one prompt and of its branches."""
 
     prefix: list[int]
@@ -57,7 +57,7 @@ class Batch:
         return int(self.position_ids.max()) + 1
 
 
-def collate(rows: Sequence[Row], *, device: torch.device | str = "cpu") -> Batch:
+def collate(rows: Sequence[PrefixRow], *, device: torch.device | str = "cpu") -> Batch:
     """Return `rows` as one batch on `device`.
 
     Raises:
@@ -103,18 +103,18 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return batches
 
 
-def split_row(row: Row, max_tokens: int) -> list[Row]:
+def split_row(row: PrefixRow, max_tokens: int) -> list[PrefixRow]:
     """Return rows with the same prefix and all branches in order, each row within `max_tokens`.
 
     A branch that does not fit beside the prefix gets a row of its own, which is longer than
     `max_tokens`.
     """
-    rows: list[Row] = []
+    rows: list[PrefixRow] = []
     for branch in row.branches:
         if rows and rows[-1].num_tokens + len(branch) <= max_tokens:
             rows[-1].branches.append(branch)
         else:
-            rows.append(Row(row.prefix, [branch]))
+            rows.append(PrefixRow(row.prefix, [branch]))
     return rows
 
 
@@ -203,7 +203,7 @@ def last_logits(model: PreTrainedModel, batch: Batch, token_ids: Sequence[int]) 
     return _final_logits(model, logits)
 
 
-def _check_row(index: int, row: Row) -> None:
+def _check_row(index: int, row: PrefixRow) -> None:
     if not row.prefix:
         raise ValueError(f"row {index}: the prefix is empty; a prompt has at least one token.")
     if not row.branches:
@@ -219,7 +219,7 @@ def _check_row(index: int, row: Row) -> None:
 def _attention_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """Return the model's inputs that say which tokens attend to which."""
     kind = model.config._attn_implementation
-    if kind == ATTENTION:
+    if kind == BRANCHES:
         # This attention never reads the mask. With four axes it passes through the model unchanged.
         return {"attention_mask": batch.position_ids[None, None], "branches": batch.layout}
     is_seen = batch.layout.is_seen[None, None]

@@ -16,13 +16,11 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from rso import seeds
+from rso.aliases import Bools, Floats, Indices, UInt64s
 from rso.errors import UserError
 
 Duplicates = Literal["keep", "collapse"]
-Rewards = Sequence[float] | npt.NDArray[np.floating]
-Floats = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.intp]
-Bools = npt.NDArray[np.bool_]
+RewardsLike = Sequence[float] | npt.NDArray[np.floating]
 Counts = npt.NDArray[np.int64]
 
 # Candidates per block of prompts: the arrays of a pass over one block fit the cache of a core.
@@ -86,7 +84,7 @@ class Selections(NamedTuple):
 
 def rejection_sample(
     texts: Sequence[str],
-    rewards: Rewards,
+    rewards: RewardsLike,
     *,
     beta: float,
     num_samples: int,
@@ -128,7 +126,7 @@ class Candidates(NamedTuple):
 
     sizes: Indices
     """[P]: the number of candidates of each prompt."""
-    states: seeds.UInt64s
+    states: UInt64s
     """[N]: the result of `states_of`, which determines the order and the draws."""
     texts: Indices
     """[N]: numbers from 0, equal for equal texts of one prompt."""
@@ -139,7 +137,7 @@ class Candidates(NamedTuple):
 def select(
     ids: Sequence[str],
     texts: Sequence[str],
-    rewards: Rewards,
+    rewards: RewardsLike,
     *,
     prompt_id: str,
     beta: float,
@@ -189,9 +187,7 @@ def select(
     )
 
 
-def states_of(
-    prompt_hashes: seeds.UInt64s, sizes: Indices, id_hashes: seeds.UInt64s, seed: int
-) -> seeds.UInt64s:
+def states_of(prompt_hashes: UInt64s, sizes: Indices, id_hashes: UInt64s, seed: int) -> UInt64s:
     """uint64 [N]: one state per candidate, which depends on (seed, prompt, id) only.
 
     `prompt_hashes` [P] and `id_hashes` [N] are `seeds.hashes` of the ids of prompts and candidates.
@@ -222,7 +218,7 @@ def select_many(
 
 
 def acceptance_probabilities(
-    rewards: Rewards, beta: float, largest: Floats | np.float64 | None = None
+    rewards: RewardsLike, beta: float, largest: Floats | np.float64 | None = None
 ) -> Floats:
     """float64 [...]: exp((reward - largest) / beta), exactly 1 at the largest (theorem 1).
 
@@ -242,7 +238,7 @@ def acceptance_probabilities(
         return probabilities
 
 
-def finite_rewards(rewards: Rewards, where: str, ids: Sequence[str] | None = None) -> Floats:
+def finite_rewards(rewards: RewardsLike, where: str, ids: Sequence[str] | None = None) -> Floats:
     """The rewards as float64 [n].
 
     Raises:
@@ -410,12 +406,12 @@ def _columns_of_texts(texts: Indices) -> Indices:
     return found
 
 
-def _least_of_text(keys: seeds.UInt64s, texts: Indices) -> seeds.UInt64s:
+def _least_of_text(keys: UInt64s, texts: Indices) -> UInt64s:
     """[rows, columns]: the least key among the copies of each candidate's text."""
     cells = texts + np.arange(len(texts))[:, None] * texts.shape[1]
     least = np.full(texts.size, _NEVER)
     np.minimum.at(least, cells.ravel(), keys.ravel())
-    of_text: seeds.UInt64s = least[cells]
+    of_text: UInt64s = least[cells]
     return of_text
 
 
@@ -466,7 +462,7 @@ def _check_settings(where: str, beta: float, num_samples: int, duplicates: str) 
 
 
 def _checked_rewards(
-    where: str, ids: Sequence[str], texts: Sequence[str], rewards: Rewards
+    where: str, ids: Sequence[str], texts: Sequence[str], rewards: RewardsLike
 ) -> Floats:
     if not len(ids) == len(texts) == len(rewards):
         raise ValueError(

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rso import charts, seeds
+from rso.aliases import Row
 from rso.artifact import Artifact
 from rso.evaluation import (
     ANCESTRAL,
@@ -35,21 +36,7 @@ from rso.evaluation import (
     words_of,
 )
 
-Row = Mapping[str, Any]
-
 SYSTEM_NAMES = {POLICY: "Policy", REFERENCE: "SFT", HUMAN: "Human"}
-JUDGE_NAMES = {
-    "ranker": "Ranker",
-    "gold_ranker": "Gold ranker",
-    "gold": "Known gold (synthetic)",
-    "length": "Length alone",
-}
-JUDGE_MEANINGS = {
-    "ranker": "the model that labelled the pairs, so the policy was trained to please it",
-    "gold_ranker": "a model trained on comparisons of other prompts, unseen in training the policy",
-    "gold": "the stated function of text that labelled the comparisons: synthetic, but exact",
-    "length": "prefers the response with more words and looks at nothing else",
-}
 HISTOGRAM_BINS = 24
 KL_NAME = "KL from SFT, nats a response"
 
@@ -128,7 +115,7 @@ class ScoringRanker:
 
 
 @dataclass(frozen=True)
-class Curve:
+class ShownCurve:
     """A training curve: points of (optimiser step, value)."""
 
     stage: str
@@ -165,7 +152,7 @@ class Rejection:
 
 
 @dataclass(frozen=True)
-class Example:
+class SideBySide:
     """Answers to one prompt side by side, with the verdict of each judge on policy against SFT."""
 
     prompt_id: str
@@ -183,9 +170,9 @@ class ReportData:
     title: str
     config: Mapping[str, Any]
     metrics: Sequence[Row]
-    examples: Sequence[Example] = ()
+    examples: Sequence[SideBySide] = ()
     stages: Sequence[StageSummary] = ()
-    curves: Sequence[Curve] = ()
+    curves: Sequence[ShownCurve] = ()
     rejection: Rejection | None = None
     scoring: ScoringRanker | None = None
     rankers: Sequence[HeldOutRanker] = ()
@@ -219,7 +206,7 @@ def build(data: ReportData) -> str:
         kl_name=KL_NAME,
         agreements=_agreements(data.metrics),
         system_names=SYSTEM_NAMES,
-        judge_names=JUDGE_NAMES,
+        judges=JUDGES,
         judge_meanings=_judge_meanings(data),
         reliability=_reliability(data.scoring),
         histogram=_histogram(data.rejection),
@@ -296,7 +283,7 @@ def pick_examples(
     *,
     num_examples: int,
     seed: int,
-) -> list[Example]:
+) -> list[SideBySide]:
     """Return examples drawn by key from all prompts that were judged: nobody chose them.
 
     Responses and verdicts are the greedy ones.
@@ -314,7 +301,7 @@ def pick_examples(
         if contest == (POLICY, REFERENCE, GREEDY) and row["prompt_id"] in verdicts:
             verdicts[row["prompt_id"]][row["judge"]] = row["verdict"]
     return [
-        Example(
+        SideBySide(
             prompt_id=prompt_id,
             prompt=prompt_of[prompt_id]["prompt"],
             human=prompt_of[prompt_id]["target"],
@@ -337,7 +324,7 @@ def win_rate_blocks(metrics: Sequence[Row]) -> list[dict[str, Any]]:
             if rate is not None:
                 rows.append(
                     {
-                        "judge": JUDGE_NAMES[judge],
+                        "judge": JUDGES[judge].heading,
                         "is_synthetic": judge == "gold",
                         "is_control": judge == "length",
                         "rate": rate,
@@ -401,7 +388,7 @@ def _kl(metrics: Sequence[Row]) -> Row | None:
 
 def _judge_meanings(data: ReportData) -> dict[str, str]:
     used = {row["judge"] for row in data.metrics}
-    meanings = {judge: JUDGE_MEANINGS[judge] for judge in JUDGES if judge in used}
+    meanings = {name: judge.meaning for name, judge in JUDGES.items() if name in used}
     if data.labeller and "gold" in meanings:
         meanings["gold"] += f" (labeller {data.labeller})"
     return meanings
@@ -413,7 +400,7 @@ def _agreements(metrics: Sequence[Row]) -> list[dict[str, Any]]:
         row = find(metrics, "agreement_with_gold", opponent=REFERENCE, judge=judge)
         if row is not None:
             forest = charts.forest(row["value"], row["low"], row["high"])
-            rows.append({"judge": JUDGE_NAMES[judge], "row": row, "forest": forest})
+            rows.append({"judge": JUDGES[judge].heading, "row": row, "forest": forest})
     return rows
 
 

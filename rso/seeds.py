@@ -11,9 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-UInt64s = npt.NDArray[np.uint64]
-Floats = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.intp]
+from rso.aliases import Floats, Indices, UInt64s
 
 # splitmix64 (Steele, Lea, Flood 2014): the golden-ratio increment and the multipliers of the mix.
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)

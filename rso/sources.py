@@ -13,17 +13,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rso import ids, seeds
+from rso.aliases import Row
 from rso.config import Prepare, Source, SplitShares
 from rso.errors import UserError
 
 TokenCounter = Callable[[str], int]
-Row = dict[str, Any]
 
 REQUIRED = {
     "demonstrations": ("prompt", "target"),
@@ -57,7 +57,7 @@ class RawRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Example:
+class SourceRow:
     """A row that is good by itself; `order` is (index of the source, line)."""
 
     order: tuple[int, int]
@@ -73,7 +73,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class RefusedRow:
     """A row that was refused: `cause` in two words for the counters, `reason` in a sentence."""
 
     order: tuple[int, int]
@@ -111,7 +111,7 @@ class Merged(NamedTuple):
     prompt: Row
     demonstrations: list[Row]
     comparisons: list[Row]
-    refusals: list[Refusal]
+    refusals: list[RefusedRow]
     num_accepted: int
 
 
@@ -133,7 +133,7 @@ def prepare(settings: Prepare, *, seed: int, count_tokens: TokenCounter | None =
             row, or no row at all is left.
     """
     check_settings(settings)
-    parsed: list[Example | Refusal] = []
+    parsed: list[SourceRow | RefusedRow] = []
     for index, source in enumerate(settings.sources):
         limit = settings.max_prompt_tokens if count_tokens is not None else None
         for raw in read_source(source):
@@ -159,15 +159,15 @@ def prepare(settings: Prepare, *, seed: int, count_tokens: TokenCounter | None =
 
 
 def prepare_rows(
-    parsed: Iterable[Example | Refusal], *, seed: int, shares: SplitShares
+    parsed: Iterable[SourceRow | RefusedRow], *, seed: int, shares: SplitShares
 ) -> Prepared:
     """Return the artifacts' rows for parsed rows of all sources, in whichever order they come."""
-    by_prompt: dict[str, list[Example]] = defaultdict(list)
-    refusals: list[Refusal] = []
+    by_prompt: dict[str, list[SourceRow]] = defaultdict(list)
+    refusals: list[RefusedRow] = []
     num_rows = 0
     for item in parsed:
         num_rows += 1
-        if isinstance(item, Refusal):
+        if isinstance(item, RefusedRow):
             refusals.append(item)
         else:
             by_prompt[item.prompt_id].append(item)
@@ -187,7 +187,7 @@ def prepare_rows(
     return prepared
 
 
-def merge_prompt(rows: Sequence[Example], *, seed: int, shares: SplitShares) -> Merged:
+def merge_prompt(rows: Sequence[SourceRow], *, seed: int, shares: SplitShares) -> Merged:
     """Return what becomes of all rows of one prompt, judged in the order of sources and lines.
 
     The first row fixes the text and the split of the prompt. Exact copies are refused, and so are
@@ -197,9 +197,9 @@ def merge_prompt(rows: Sequence[Example], *, seed: int, shares: SplitShares) -> 
     rows = sorted(rows, key=lambda row: row.order)
     first = rows[0]
     split = _split_of(first, seed, shares)
-    seen: dict[tuple[str, ...], Example] = {}
-    accepted: list[Example] = []
-    refusals: list[Refusal] = []
+    seen: dict[tuple[str, ...], SourceRow] = {}
+    accepted: list[SourceRow] = []
+    refusals: list[RefusedRow] = []
     for row in rows:
         content = (row.kind, *map(_nfc, row.responses))
         own_split = _split_of(row, seed, shares)
@@ -243,7 +243,7 @@ def parse_row(
     task: str,
     count_tokens: TokenCounter | None = None,
     max_prompt_tokens: int | None = None,
-) -> Example | Refusal:
+) -> SourceRow | RefusedRow:
     """Return the row with our field names and its prompt_id, or why it is refused."""
     order = (source_index, raw.line)
     try:
@@ -258,8 +258,8 @@ def parse_row(
         if count_tokens is not None and max_prompt_tokens is not None:
             _check_length(prompt, source, count_tokens, max_prompt_tokens)
     except _Refused as refused:
-        return Refusal(order, source.name, refused.field, refused.cause, refused.reason, raw.raw)
-    return Example(
+        return RefusedRow(order, source.name, refused.field, refused.cause, refused.reason, raw.raw)
+    return SourceRow(
         order=order,
         source=source.name,
         kind=source.kind,
@@ -524,26 +524,26 @@ def _check_length(
         )
 
 
-def _split_of(row: Example, seed: int, shares: SplitShares) -> str:
+def _split_of(row: SourceRow, seed: int, shares: SplitShares) -> str:
     return row.split or split_of(seed, row.group or row.prompt_id, shares)
 
 
-def _duplicate(row: Example, earlier: Example) -> Refusal:
+def _duplicate(row: SourceRow, earlier: SourceRow) -> RefusedRow:
     place = f"line {earlier.order[1]}"
     if earlier.source != row.source:
         place += f" of source {earlier.source!r}"
-    return Refusal(row.order, row.source, "", "duplicate", f"duplicate of {place}", row.raw)
+    return RefusedRow(row.order, row.source, "", "duplicate", f"duplicate of {place}", row.raw)
 
 
-def _other_split(row: Example, own: str, first: Example, split: str) -> Refusal:
+def _other_split(row: SourceRow, own: str, first: SourceRow, split: str) -> RefusedRow:
     reason = (
         f"the prompt belongs to {split} since line {first.order[1]} of source {first.source!r}; "
         f"this row would put it into {own}"
     )
-    return Refusal(row.order, row.source, "", "other split", reason, row.raw)
+    return RefusedRow(row.order, row.source, "", "other split", reason, row.raw)
 
 
-def _demonstration(row: Example, index: int, shared: Row) -> Row:
+def _demonstration(row: SourceRow, index: int, shared: Row) -> Row:
     return {
         **shared,
         "response_id": ids.response_id(row.prompt_id, "target", index),
@@ -553,7 +553,7 @@ def _demonstration(row: Example, index: int, shared: Row) -> Row:
     }
 
 
-def _comparisons(rows: Sequence[Example], shared: Row) -> list[Row]:
+def _comparisons(rows: Sequence[SourceRow], shared: Row) -> list[Row]:
     """Return rows in which equal texts have one response_id, numbered by first appearance."""
     index: dict[str, int] = {}
     result = []
@@ -577,7 +577,7 @@ def _comparisons(rows: Sequence[Example], shared: Row) -> list[Row]:
     return result
 
 
-def _counts(prepared: Prepared, refusals: Sequence[Refusal], num_rows: int) -> dict[str, int]:
+def _counts(prepared: Prepared, refusals: Sequence[RefusedRow], num_rows: int) -> dict[str, int]:
     splits = Counter(str(row["split"]) for row in prepared.prompts)
     causes = Counter(refusal.cause for refusal in refusals)
     return {

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rso import seeds
+from rso.aliases import Floats
 
 Values = Sequence[float] | npt.NDArray[np.floating]
-Floats = npt.NDArray[np.float64]
 
 
 class Interval(NamedTuple):

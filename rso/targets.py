@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rso.rejection import Floats, Indices
+from rso.aliases import Floats, Indices
 
 
 class Bounds(NamedTuple):

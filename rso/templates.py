@@ -18,7 +18,7 @@ from rso.errors import UserError
 SENTINEL = "\ufdd0prompt\ufdd0"
 
 
-class Context(NamedTuple):
+class RankerContext(NamedTuple):
     """The ids of a ranker context, and the number of ids that were cut from its right end."""
 
     ids: list[int]
@@ -98,12 +98,12 @@ class RankerEncoder:
         object.__setattr__(self, "suffix", _encoder_end(self.tokenizer, suffix))
         self.context("x"), self.branch("x", "x")
 
-    def context(self, prompt: str) -> Context:
+    def context(self, prompt: str) -> RankerContext:
         """Return the ids before the responses: the first `max_context_tokens` of them."""
         before, after = _frame("templates.ranker_context", self.templates.ranker_context, "prompt")
         ids = _one_bos(self.tokenizer, _encode_within(self.tokenizer, before, [prompt], after)[0])
         limit = self.templates.max_context_tokens
-        return Context(ids[:limit], max(0, len(ids) - limit))
+        return RankerContext(ids[:limit], max(0, len(ids) - limit))
 
     def sides(self, slot: Literal["A", "B"], responses: Sequence[str]) -> list[list[int]]:
         """Return, for each response, the ids of its `judged_text` in the slot; none is cut."""

@@ -5,10 +5,10 @@ python scripts/training_docs.py
 
 from pathlib import Path
 
-from rso.prefix import Row, collate
+from rso.prefix import PrefixRow, collate
 
 FIGURE = Path(__file__).parent.parent / "docs/figures/shared-prefix.svg"
-ROWS = [Row([1] * 4, [[2] * 2, [2] * 3, [2] * 2]), Row([1] * 3, [[2] * 2, [2] * 2])]
+ROWS = [PrefixRow([1] * 4, [[2] * 2, [2] * 3, [2] * 2]), PrefixRow([1] * 3, [[2] * 2, [2] * 2])]
 CELL, LEFT, TOP = 18, 150, 92
 OWN, PREFIX, NOTHING = "#1f6f54", "#2f5d8a", "#ecece8"
 INK, SOFT, PAPER = "#26282b", "#65686c", "#fdfdfb"

@@ -71,13 +71,13 @@ def is_direct(config: Config) -> bool:
     return config.pair.source == "direct" and not learns_from_targets(config)
 
 
-PROMPTS: Feeds = {"prompts": "prepare/prompts"}
-REFERENCE: Feeds = {"reference": "train_sft/reference"}
-COMPARISONS: Feeds = {"comparisons": ("compare/comparisons", "prepare/comparisons")}
-CANDIDATES: Feeds = {"candidates": "decode/candidates"}
-REWARDS: Feeds = {"rewards": "score/rewards"}
+FROM_PROMPTS: Feeds = {"prompts": "prepare/prompts"}
+FROM_REFERENCE: Feeds = {"reference": "train_sft/reference"}
+FROM_COMPARISONS: Feeds = {"comparisons": ("compare/comparisons", "prepare/comparisons")}
+FROM_CANDIDATES: Feeds = {"candidates": "decode/candidates"}
+FROM_REWARDS: Feeds = {"rewards": "score/rewards"}
 # The ranker of the run: the trained one, or several that `score` has weighed.
-RANKER: Feeds = {"ranker": "train_ranker/ranker", "objectives": "score/objectives"}
+FROM_RANKER: Feeds = {"ranker": "train_ranker/ranker", "objectives": "score/objectives"}
 # Settings that every stage with a model sees.
 COMPUTE = ("seed", "compute", "templates")
 
@@ -98,21 +98,21 @@ TABLE = (
     ),
     StageRow(
         "compare",
-        reads=PROMPTS | REFERENCE,
+        reads=FROM_PROMPTS | FROM_REFERENCE,
         writes=("comparisons",),
         sees=(*COMPUTE, "comparisons"),
         when=is_synthetic,
     ),
     StageRow(
         "train_ranker",
-        reads=COMPARISONS | REFERENCE,
+        reads=FROM_COMPARISONS | FROM_REFERENCE,
         writes=("ranker",),
         sees=(*COMPUTE, "train_ranker"),
         externals=("init",),
     ),
     StageRow(
         "train_gold_ranker",
-        reads=COMPARISONS | REFERENCE,
+        reads=FROM_COMPARISONS | FROM_REFERENCE,
         writes=("ranker",),
         sees=(*COMPUTE, "train_gold_ranker"),
         externals=("init",),
@@ -121,7 +121,7 @@ TABLE = (
     ),
     StageRow(
         "decode",
-        reads=PROMPTS | REFERENCE,
+        reads=FROM_PROMPTS | FROM_REFERENCE,
         writes=("candidates",),
         sees=(*COMPUTE, "decode"),
         externals=("proposal",),
@@ -129,7 +129,7 @@ TABLE = (
     ),
     StageRow(
         "score",
-        reads=PROMPTS | COMPARISONS | CANDIDATES | {"ranker": "train_ranker/ranker"},
+        reads=FROM_PROMPTS | FROM_COMPARISONS | FROM_CANDIDATES | {"ranker": "train_ranker/ranker"},
         writes=("rewards", "objectives", "checks"),
         sees=(*COMPUTE, "score"),
         externals=("objectives",),
@@ -137,21 +137,21 @@ TABLE = (
     ),
     StageRow(
         "reject",
-        reads=CANDIDATES | REWARDS,
+        reads=FROM_CANDIDATES | FROM_REWARDS,
         writes=("accepted", "diagnostics"),
         sees=("seed", "reject"),
         when=lambda config: not is_direct(config) and not learns_from_targets(config),
     ),
     StageRow(
         "targets",
-        reads=PROMPTS | CANDIDATES | REWARDS,
+        reads=FROM_PROMPTS | FROM_CANDIDATES | FROM_REWARDS,
         writes=("demonstrations",),
         sees=("templates", "targets"),
         when=lambda config: not is_direct(config) and config.targets.method != "none",
     ),
     StageRow(
         "pair",
-        reads=PROMPTS | {"accepted": "reject/accepted"} | CANDIDATES | RANKER,
+        reads=FROM_PROMPTS | {"accepted": "reject/accepted"} | FROM_CANDIDATES | FROM_RANKER,
         writes=("pairs",),
         sees=(*COMPUTE, "score", "pair"),
         externals=("objectives",),
@@ -159,21 +159,24 @@ TABLE = (
     ),
     StageRow(
         "pair",
-        reads=COMPARISONS | REFERENCE,
+        reads=FROM_COMPARISONS | FROM_REFERENCE,
         writes=("pairs",),
         sees=(*COMPUTE, "pair"),
         when=is_direct,
     ),
     StageRow(
         "logps",
-        reads=REFERENCE | {"pairs": "pair/pairs"},
+        reads=FROM_REFERENCE | {"pairs": "pair/pairs"},
         writes=("logps",),
         sees=(*COMPUTE, "logps"),
         when=lambda config: not learns_from_targets(config),
     ),
     StageRow(
         "train_policy",
-        reads=PROMPTS | REFERENCE | RANKER | {"pairs": "pair/pairs", "logps": "logps/logps"},
+        reads=FROM_PROMPTS
+        | FROM_REFERENCE
+        | FROM_RANKER
+        | {"pairs": "pair/pairs", "logps": "logps/logps"},
         writes=("policy",),
         sees=(*COMPUTE, "score", "train_policy"),
         externals=("objectives", "init"),
@@ -181,7 +184,10 @@ TABLE = (
     ),
     StageRow(
         "train_policy",
-        reads=PROMPTS | REFERENCE | RANKER | {"demonstrations": "targets/demonstrations"},
+        reads=FROM_PROMPTS
+        | FROM_REFERENCE
+        | FROM_RANKER
+        | {"demonstrations": "targets/demonstrations"},
         writes=("policy",),
         sees=(*COMPUTE, "score", "train_policy"),
         externals=("objectives", "init"),
@@ -189,9 +195,9 @@ TABLE = (
     ),
     StageRow(
         "evaluate",
-        reads=PROMPTS
-        | REFERENCE
-        | RANKER
+        reads=FROM_PROMPTS
+        | FROM_REFERENCE
+        | FROM_RANKER
         | {"policy": "train_policy/policy", "gold_ranker": "train_gold_ranker/ranker"},
         writes=("generations", "judgements", "metrics"),
         sees=(*COMPUTE, "score", "comparisons", "evaluate"),

@@ -19,12 +19,12 @@ def main() -> int:
     arguments = parser.parse_args()
 
     from rso.artifact import Store
-    from rso.config import load_config, resolve
+    from rso.config import load_config, resolve_auto
     from rso.errors import UserError
     from stages.runner import Graph, run_stage
 
     try:
-        config = resolve(load_config(arguments.config, arguments.set))
+        config = resolve_auto(load_config(arguments.config, arguments.set))
         run_stage(Graph(config, Store(config.store)), arguments.stage)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipelines.shards import Counters, Dataset, Plan, ShardFunction, map_shards
+from pipelines.shards import Dataset, Plan, ShardFunction, map_shards
+from rso.aliases import Counters
 from rso.artifact import Artifact, Work
 from rso.config import REFERENCE, Beam, Config
 from rso.models import locate

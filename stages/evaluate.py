@@ -6,8 +6,8 @@ from pipelines.decode import Decoding
 from pipelines.evaluate import GenerateShard, JudgeShard, MergeShard, as_judged
 from pipelines.logps import PolicySource
 from pipelines.score import AnyRanker, RankerSource
-from pipelines.shards import Counters
 from pipelines.tables import select_ids, table_of
+from rso.aliases import Counters
 from rso.decoding import Sampling
 from rso.evaluation import ANCESTRAL, GREEDY, POLICY, REFERENCE, SAMPLED, metrics
 from rso.labelling import labeller

@@ -1,7 +1,7 @@
 """Samples to labelled preference pairs."""
 
-from pipelines.pair import COLUMNS, DirectPairShard, PairShard
-from pipelines.shards import Counters
+from pipelines.pair import PAIR_COLUMNS, DirectPairShard, PairShard
+from rso.aliases import Counters
 from rso.config import Pair
 from rso.errors import UserError
 from stages.context import Context, Outcome
@@ -26,7 +26,7 @@ def run(context: Context) -> Outcome:
         counters = context.map(
             "pair",
             PairShard(ranker_of_run(context), config.pair, config.seed),
-            inputs=COLUMNS,
+            inputs=PAIR_COLUMNS,
             outputs=["pairs"],
         )
     if not counters["pairs"]:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from functools import partial
 
-from pipelines.prepare import OUTPUTS, prepare_shards
+from pipelines.prepare import PREPARE_OUTPUTS, prepare_shards
 from rso.errors import UserError
-from rso.models import load_tokenizer, resolve
+from rso.models import load_tokenizer, resolve_model
 from rso.sources import TokenCounter
 from stages.context import Context, Outcome
 
@@ -20,8 +20,8 @@ def run(context: Context) -> Outcome:
     counters = prepare_shards(
         settings,
         seed=context.config.seed,
-        load_counter=partial(_load_counter, str(resolve(context.config.model).location)),
-        outputs={name: context.work.output(name) for name in OUTPUTS},
+        load_counter=partial(_load_counter, str(resolve_model(context.config.model).location)),
+        outputs={name: context.work.output(name) for name in PREPARE_OUTPUTS},
         counters=f"{context.work.scratch}/counters",
         beam_settings=context.beam,
     )

@@ -2,7 +2,7 @@
 
 from pipelines.score import AnyRanker, RankerSource, WeightedSource
 from rso.config import TRAINED
-from rso.models import resolve
+from rso.models import resolve_model
 from rso.objectives import coefficients, objectives_of
 from stages.context import Context
 
@@ -14,7 +14,7 @@ def objective_rankers(context: Context) -> dict[str, RankerSource]:
         objective.name: RankerSource(
             context.directory("ranker")
             if objective.ranker == TRAINED
-            else resolve(objective.ranker).location,
+            else resolve_model(objective.ranker).location,
             config.compute,
             config.templates,
         )

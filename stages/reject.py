@@ -5,18 +5,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipelines.reject import COLUMNS, RejectShard, all_betas, by_beta, in_nats
-from pipelines.rewards import finite_rewards
+from pipelines.reject import REJECT_COLUMNS, RejectShard, all_betas, by_beta, in_nats
+from pipelines.rewards import reward_column
 from pipelines.tables import prompt_runs
+from rso.aliases import Floats, Indices
 from rso.diagnostics import (
-    advice,
     beta_for_effective_samples,
     curve,
+    sampling_advice,
     spreads,
     wanted_effective_samples,
 )
 from rso.parquet import num_shards, read_shard
-from rso.rejection import Floats, Indices
 from stages.context import Context, Outcome
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,9 @@ def run(context: Context) -> Outcome:
     spread = float(np.median(found.spreads)) if len(found.spreads) else 0.0
     resolved = in_nats(settings, spread)
     function = RejectShard(resolved, context.config.seed)
-    counters = context.map("reject", function, inputs=COLUMNS, outputs=["accepted", "diagnostics"])
+    counters = context.map(
+        "reject", function, inputs=REJECT_COLUMNS, outputs=["accepted", "diagnostics"]
+    )
     totals = by_beta(all_betas(resolved), counters)
     points = curve(totals)
     wanted = wanted_effective_samples(settings.num_samples)
@@ -43,7 +45,7 @@ def run(context: Context) -> Outcome:
         "reward_spread_median": spread,
         "beta_advised_nats": beta_for_effective_samples(found.rewards, found.sizes, wanted),
     }
-    for sentence in advice(
+    for sentence in sampling_advice(
         points,
         total,
         beta=settings.beta,
@@ -74,9 +76,9 @@ def _rewards(context: Context) -> _Rewards:
     sizes: list[Indices] = []
     for index in range(total):
         table = read_shard(
-            source.directory, source.output, index, total, columns=COLUMNS["rewards"]
+            source.directory, source.output, index, total, columns=REJECT_COLUMNS["rewards"]
         )
-        values, (_, counts) = finite_rewards(table, "reject"), prompt_runs(table)
+        values, (_, counts) = reward_column(table, "reject"), prompt_runs(table)
         found.append(spreads(values, counts))
         if sum(map(len, rewards)) < MOST_CANDIDATES:
             rewards.append(values)

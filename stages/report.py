@@ -9,13 +9,13 @@ from typing import Any
 from rso import length_bias
 from rso.artifact import Artifact
 from rso.calibration import bias_advice
-from rso.diagnostics import advice
+from rso.diagnostics import sampling_advice
 from rso.manifest import Manifest
 from rso.report import (
-    Curve,
     HeldOutRanker,
     ReportData,
     ScoringRanker,
+    ShownCurve,
     build,
     pick_examples,
     rejection_summary,
@@ -99,7 +99,7 @@ def _rankers(artifacts: dict[str, Artifact]) -> Iterator[HeldOutRanker]:
                 stage=name,
                 by_margin=curves[f"{name}_by_margin"],
                 by_length=curves[f"{name}_by_length"],
-                advice=length_bias.advice(name, dict(artifact.manifest.counters)),
+                advice=length_bias.length_advice(name, dict(artifact.manifest.counters)),
             )
 
 
@@ -118,14 +118,14 @@ def _sampling(manifest: Manifest) -> dict[str, Any]:
     return {
         "beta": manifest.counters["beta_nats"],
         "points": points,
-        "advice": advice(points, manifest.counters, **asked),
+        "advice": sampling_advice(points, manifest.counters, **asked),
     }
 
 
-def _curves(artifacts: dict[str, Artifact]) -> Iterator[Curve]:
+def _curves(artifacts: dict[str, Artifact]) -> Iterator[ShownCurve]:
     for artifact in artifacts.values():
         for stage, points in artifact.manifest.curves.items():
             for metric, name in METRICS.items():
                 drawn = [(p["step"], p[metric]) for p in points if {"step", metric} <= p.keys()]
                 if drawn:
-                    yield Curve(stage, name, drawn)
+                    yield ShownCurve(stage, name, drawn)

@@ -20,7 +20,7 @@ from rso.code_digest import CodeDigest, code_digest
 from rso.config import REFERENCE, TRAINED, Config, identity, view
 from rso.errors import UserError
 from rso.fingerprint import fingerprint
-from rso.models import resolve as resolve_model
+from rso.models import resolve_model
 from rso.objectives import objectives_of
 from rso.work import Work
 from schemas import SCHEMAS

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.score import CANDIDATES, HELD_OUT, CombineShard, ScoreShard, scored_by
-from pipelines.shards import Counters
 from pipelines.tables import table_of
 from rso import seeds
+from rso.aliases import Counters
 from rso.calibration import bias_advice, judge, positional_bias
 from rso.config import TRAINED
 from rso.fingerprint import canonical_json
-from rso.models import resolve
+from rso.models import resolve_model
 from rso.objectives import coefficients, objectives_of, pooled_scale
 from rso.parquet import write_shard
 from stages.context import Context, Curve, Outcome
@@ -26,7 +26,7 @@ from stages.rankers import objective_rankers
 logger = logging.getLogger(__name__)
 
 INPUTS = ("candidates", "prompts", "comparisons")
-OUTPUTS = ("rewards", "checks")
+_OUTPUTS = ("rewards", "checks")
 # With this many pairs, the standard error of the mean bias is below a tenth of its spread over
 # pairs. With `orders: both` the pairs cost nothing. With `baseline-first` each costs one comparison
 # for the second order. This is not a setting: every stage that asks the rankers sees the settings
@@ -52,14 +52,14 @@ def run(context: Context) -> Outcome:
     }
     if len(rankers) == 1 and not config.score.standardise:
         (shard,) = shards.values()
-        counters = context.map("score", shard, inputs=INPUTS, outputs=OUTPUTS)
+        counters = context.map("score", shard, inputs=INPUTS, outputs=_OUTPUTS)
     else:
         found = {
             name: context.map(
                 f"score {name}",
                 shard,
                 inputs=INPUTS,
-                outputs=OUTPUTS,
+                outputs=_OUTPUTS,
                 scratch_output=scored_by(name),
             )
             for name, shard in shards.items()
@@ -75,9 +75,9 @@ def run(context: Context) -> Outcome:
             CombineShard(dict(zip(rankers, factors, strict=True))),
             inputs={"candidates": ("prompt_id", "response_id")},
             scratch_inputs={
-                f"{scored_by(name)}/{output}": output for name in rankers for output in OUTPUTS
+                f"{scored_by(name)}/{output}": output for name in rankers for output in _OUTPUTS
             },
-            outputs=OUTPUTS,
+            outputs=_OUTPUTS,
         )
         counters = _by_objective(found) | combined
     total = sum(objective.weight for objective in objectives)
@@ -88,7 +88,7 @@ def run(context: Context) -> Outcome:
             "scale": scales[objective.name],
             "ranker": objective.ranker
             if objective.ranker == TRAINED
-            else canonical_json(resolve(objective.ranker).identity),
+            else canonical_json(resolve_model(objective.ranker).identity),
         }
         for objective in sorted(objectives, key=lambda objective: objective.name)
     ]

@@ -1,6 +1,6 @@
 """Rewards to new fine-tuning targets (RAFT, ReST)."""
 
-from pipelines.targets import COLUMNS, BoundsShard, TargetShard
+from pipelines.targets import TARGET_COLUMNS, BoundsShard, TargetShard
 from rso.errors import UserError
 from rso.targets import Bounds
 from stages.context import Context, Outcome
@@ -18,7 +18,7 @@ def run(context: Context) -> Outcome:
     counters = context.map(
         "targets",
         TargetShard(settings, context.config.templates.response_prefix, bounds),
-        inputs=COLUMNS,
+        inputs=TARGET_COLUMNS,
         outputs=["demonstrations"],
     )
     if not counters["targets"]:
@@ -39,7 +39,7 @@ def _bounds(context: Context) -> Bounds:
     counters = context.map(
         "reward bounds",
         BoundsShard(),
-        inputs={"rewards": COLUMNS["rewards"]},
+        inputs={"rewards": TARGET_COLUMNS["rewards"]},
         outputs=[],
     )
     return Bounds(-counters["max_negated_reward"], counters["max_reward"])

@@ -1,23 +1,17 @@
 """The lines that a run prints: what to expect before it starts, and how each stage went."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
 
+from rso.aliases import Counters
 from rso.artifact import Artifact, Store
-from rso.evaluation import REFERENCE, find
+from rso.evaluation import DECIDING, JUDGES, REFERENCE, find
 from rso.progress import duration
 from stages.estimate import Ahead, Estimate
 from stages.machine import Machine
 from stages.runner import Planned
-
-Counters = Mapping[str, float]
-JUDGES = {
-    "gold": "the known gold",
-    "gold_ranker": "the gold ranker",
-    "ranker": "the ranker it was trained with",
-}
 
 
 class ToDo(NamedTuple):
@@ -202,13 +196,13 @@ def _train_policy(counters: Counters, artifact: Artifact) -> str:
 
 def _evaluate(counters: Counters, artifact: Artifact) -> str:
     rows = artifact.read("metrics").to_pylist()
-    for judge, name in JUDGES.items():
+    for judge in DECIDING:
         row = find(rows, "win_rate", opponent=REFERENCE, judge=judge)
         if row is not None:
             value, low, high = (100 * row[key] for key in ("value", "low", "high"))
             return (
                 f"the policy wins {value:.1f} % [{low:.1f}, {high:.1f}] of {row['num_prompts']:,} "
-                f"prompts against SFT under {name}"
+                f"prompts against SFT under {JUDGES[judge].name}"
             )
     return ""
 

@@ -19,7 +19,7 @@ from rso.models import load_tokenizer
 from rso.progress import is_first_process
 from rso.ranking import Comparison, Ranker
 from rso.templates import encode_prompt
-from rso.training.loading import load
+from rso.training.loading import load_for_training
 from rso.training.policy import (
     PolicyPair,
     PolicyResult,
@@ -34,7 +34,7 @@ from stages.rankers import ranker_of_run
 
 logger = logging.getLogger(__name__)
 
-FIELDS = PolicyPair._fields
+_FIELDS = PolicyPair._fields
 # Outside this range of the reference's mean probability, the contest hardly separates checkpoints.
 LOWEST, HIGHEST = 0.1, 0.9
 
@@ -104,7 +104,7 @@ def _on_pairs(context: Context, contest: "_Contest") -> PolicyResult:
     return train_policy(
         context.model(settings.init_from),
         [
-            PolicyPair(**{name: row[name] for name in FIELDS})
+            PolicyPair(**{name: row[name] for name in _FIELDS})
             for row in context.table("pairs").to_pylist()
         ],
         {(row["prompt_id"], row["response_id"]): row["logps"] for row in logps.to_pylist()},
@@ -234,7 +234,9 @@ class _Contest:
     @cached_property
     def _reference_answers(self) -> list[str]:
         # Nothing else refers to this model, so its memory is freed before the ranker is loaded.
-        model, _ = load(self._context.directory("reference"), self._context.config.compute)
+        model, _ = load_for_training(
+            self._context.directory("reference"), self._context.config.compute
+        )
         return self._answers(model)
 
     @cached_property

@@ -5,7 +5,7 @@ import logging
 from rso import seeds
 from rso.config import TrainRanker
 from rso.errors import UserError
-from rso.length_bias import advice
+from rso.length_bias import length_advice
 from rso.training.ranker import LabelledComparison, train_ranker
 from stages.context import Context, Outcome
 
@@ -58,7 +58,7 @@ def run(context: Context) -> Outcome:
     if result.held_out is not None:
         curves[f"{context.stage}_by_margin"] = [bin.figures for bin in result.held_out.by_margin]
         curves[f"{context.stage}_by_length"] = [bin.figures for bin in result.held_out.by_length]
-    sentence = advice(context.stage, counters)
+    sentence = length_advice(context.stage, counters)
     if sentence is not None:
         logger.warning("%s", sentence)
     return Outcome(counters, curves)

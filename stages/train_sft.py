@@ -1,8 +1,8 @@
 """Demonstrations to the reference policy by supervised fine-tuning."""
 
-from rso.models import resolve, save_model
+from rso.models import resolve_model, save_model
 from rso.progress import is_first_process
-from rso.training.loading import load, weights_dtype
+from rso.training.loading import load_for_training, weights_dtype
 from rso.training.sft import Demonstration, train_sft
 from stages.context import Context, Outcome
 
@@ -14,10 +14,10 @@ def run(context: Context) -> Outcome:
     written without training.
     """
     config = context.config
-    location = str(resolve(config.model).location)
+    location = str(resolve_model(config.model).location)
     if config.train_sft.skip:
         if is_first_process():
-            model, tokenizer = load(location, config.compute)
+            model, tokenizer = load_for_training(location, config.compute)
             dtype = weights_dtype(config.compute)
             save_model(model, tokenizer, context.work.output("reference"), dtype=dtype)
         return Outcome({"steps": 0, "tokens": 0})

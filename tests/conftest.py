@@ -108,9 +108,9 @@ def make_adapters() -> Callable[..., str]:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-        from rso.models import load_config
+        from rso.models import load_model_config
 
-        is_encoder_decoder = load_config(base).is_encoder_decoder
+        is_encoder_decoder = load_model_config(base).is_encoder_decoder
         auto: Any = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
         # Of random weights on both sides, so that they change what the model says.
         settings = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from rso.artifact import Artifact, Store
-from rso.config import Config, load_config, resolve
+from rso.config import Config, load_config, resolve_auto
 from stages.runner import Graph, run_stage
 
 WORDS = ["list", "file", "lines", "numbers", "error", "value", "empty", "question", "answer", "fox"]
@@ -125,7 +125,7 @@ def write_config(path: Path, data: Mapping[str, Any]) -> Path:
 
 def load(config: Path, *overrides: str) -> Config:
     """Return a config as every entrance of the system loads it."""
-    return resolve(load_config(config, overrides))
+    return resolve_auto(load_config(config, overrides))
 
 
 def graph_of(config: Config) -> Graph:

@@ -73,24 +73,24 @@ def edited(directory: str, target: Path, **changes: Any) -> str:
 def test_identity_is_that_of_adapters_and_base_wherever_they_are(
     adapted: Adapted, make_adapters: Callable[..., str], tmp_path: Path
 ) -> None:
-    identity = models.resolve(adapted.directory).identity
-    assert identity["base_sha256"] == models.resolve(adapted.base).identity["sha256"]
+    identity = models.resolve_model(adapted.directory).identity
+    assert identity["base_sha256"] == models.resolve_model(adapted.base).identity["sha256"]
     digest = models.model_digest(adapted.directory)
     assert directory_digest(adapted.directory, "reference") == digest
     shutil.copytree(adapted.base, tmp_path / "base")
     moved = edited(adapted.directory, tmp_path / "moved", base_model_name_or_path="../base")
-    assert models.resolve(moved).identity == identity
+    assert models.resolve_model(moved).identity == identity
     assert models.model_digest(moved) == digest
     others = [
         edited(moved, tmp_path / "scaled", lora_alpha=8),
         make_adapters(adapted.base, tmp_path / "weights", seed=1),
     ]
-    assert not [other for other in others if models.resolve(other).identity == identity]
+    assert not [other for other in others if models.resolve_model(other).identity == identity]
     assert not [other for other in others if models.model_digest(other) == digest]
     tensors = load_file(tmp_path / "base" / "model.safetensors")
     tensors["lm_head.weight"] += 1
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    assert models.resolve(moved).identity != identity
+    assert models.resolve_model(moved).identity != identity
     assert models.model_digest(moved) != digest
 
 
@@ -104,7 +104,7 @@ def test_base_is_found_from_the_working_directory_and_at_the_hub_revision(
     hub = {"base_model_name_or_path": "no-such-org/model", "revision": "0123456"}
     directory = edited(adapted.directory, tmp_path / "hub", **hub)
     with pytest.raises(UserError, match=r"no-such-org/model.*revision 0123456"):
-        models.resolve(directory)
+        models.resolve_model(directory)
 
 
 def test_model_computes_what_peft_does_and_is_an_ordinary_one(
@@ -316,7 +316,7 @@ def test_adapters_without_a_base_or_of_another_type_are_user_errors(
 ) -> None:
     directory = edited(adapted.directory, tmp_path / "edited", **changes)
     with pytest.raises(UserError, match=sentence):
-        models.resolve(directory)
+        models.resolve_model(directory)
 
 
 @of_llama
@@ -324,7 +324,7 @@ def test_adapters_without_safetensors_are_a_user_error(adapted: Adapted, tmp_pat
     directory = edited(adapted.directory, tmp_path / "edited")
     (Path(directory) / adapters.WEIGHTS).rename(Path(directory) / "adapter_model.bin")
     with pytest.raises(UserError, match="save the adapters as safetensors"):
-        models.resolve(directory)
+        models.resolve_model(directory)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_adapters_that_name_themselves_as_base_are_a_user_error(
     adapted: Adapted, tmp_path: Path
 ) -> None:
     directory = edited(adapted.directory, tmp_path / "itself", base_model_name_or_path=".")
-    for load in (models.resolve, models.load_config, models.model_digest):
+    for load in (models.resolve_model, models.load_model_config, models.model_digest):
         with pytest.raises(UserError, match="names this directory itself as the base"):
             load(directory)
 

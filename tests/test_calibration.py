@@ -33,11 +33,11 @@ def test_ranker_that_only_likes_length_is_shown_to() -> None:
         )
         for edge, attribute in (("", "value"), ("_low", "low"), ("_high", "high"))
     }
-    sentence = length_bias.advice("train_ranker", counters)
+    sentence = length_bias.length_advice("train_ranker", counters)
     assert sentence is not None and "100% where the chosen text is the longer one" in sentence
     counters["accuracy_where_chosen_is_shorter_high"] = 0.6
-    assert length_bias.advice("train_ranker", counters) is None
-    assert length_bias.advice("train_ranker", {}) is None
+    assert length_bias.length_advice("train_ranker", counters) is None
+    assert length_bias.length_advice("train_ranker", {}) is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=80))

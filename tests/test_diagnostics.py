@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rso.diagnostics import (
-    advice,
     beta_for_effective_samples,
     curve,
     diagnose,
     effective_sample_size,
     effective_sample_sizes,
+    sampling_advice,
     spreads,
     sums,
     wanted_effective_samples,
@@ -49,7 +49,7 @@ def warned(candidates: Candidates, beta: float, num_samples: int = 8, unit: str 
         "beta_advised_nats": advised(candidates, num_samples),
     }
     asked = {"beta": beta, "beta_unit": unit, "num_samples": num_samples}
-    return " ".join(advice(curve(totals), counters, **asked))
+    return " ".join(sampling_advice(curve(totals), counters, **asked))
 
 
 def advised(candidates: Candidates, num_samples: int = 8) -> float:

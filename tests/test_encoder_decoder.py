@@ -23,7 +23,7 @@ from rso import prefix
 from rso.config import Compute, TrainPolicy, TrainRanker, TrainSft
 from rso.errors import UserError
 from rso.models import load_model, save_model
-from rso.prefix import Row
+from rso.prefix import PrefixRow
 from rso.ranking import Comparison, load_ranker
 from rso.templates import RankerEncoder, encode_prompt, encode_response
 from rso.training.base import PrefixTrainer
@@ -32,9 +32,9 @@ from rso.training.ranker import train_ranker
 from rso.training.sft import train_sft
 
 ROWS = [
-    Row([20, 30, 40, 50, 1], [[60, 61, 62, 1], [70, 1], [1], [60, 61, 62, 1]]),
-    Row([9], [[80, 81, 82, 83, 84, 85, 86], [87]]),
-    Row([33, 34, 1], [[99, 98, 97]]),
+    PrefixRow([20, 30, 40, 50, 1], [[60, 61, 62, 1], [70, 1], [1], [60, 61, 62, 1]]),
+    PrefixRow([9], [[80, 81, 82, 83, 84, 85, 86], [87]]),
+    PrefixRow([33, 34, 1], [[99, 98, 97]]),
 ]
 
 # 2.6e-5 of a norm's largest gradient was seen once: T5's scores are not scaled.
@@ -151,9 +151,9 @@ def test_prefixes_are_encoded_once_and_padding_stays_within_the_batch(t5: Family
             with_kwargs=True,
         )
     rows = [
-        Row([3, 4, 5], [[6] * 30, *([7, 8 + i] for i in range(20))]),
-        Row([9] * 60, [[6]]),
-        *(Row([9, i], [[6]]) for i in range(8)),
+        PrefixRow([3, 4, 5], [[6] * 30, *([7, 8 + i] for i in range(20))]),
+        PrefixRow([9] * 60, [[6]]),
+        *(PrefixRow([9, i], [[6]]) for i in range(8)),
     ]
     batch = prefix.collate(rows)
     most = sum(row.num_tokens for row in rows)
@@ -167,8 +167,10 @@ def test_prefixes_are_encoded_once_and_padding_stays_within_the_batch(t5: Family
     assert all(shape.numel() <= most for shape in seen["encoder"])
 
 
-@pytest.mark.parametrize("row", [Row([], [[1]]), Row([5, 1], [[1], []]), Row([5, 1], [])])
-def test_rows_without_tokens_are_refused(row: Row) -> None:
+@pytest.mark.parametrize(
+    "row", [PrefixRow([], [[1]]), PrefixRow([5, 1], [[1], []]), PrefixRow([5, 1], [])]
+)
+def test_rows_without_tokens_are_refused(row: PrefixRow) -> None:
     with pytest.raises(ValueError, match="row 1"):
         prefix.collate([ROWS[0], row])
 

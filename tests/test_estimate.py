@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rso import config as settings_module
 from rso.artifact import Store
-from rso.config import Config, dtype_reason, parse_config, resolve
+from rso.config import Config, dtype_reason, parse_config, resolve_auto
 from stages.estimate import (
     DECODED,
     PREFILLED,
@@ -347,16 +347,16 @@ def test_dtype_has_the_reason_of_the_choice(
     monkeypatch.setattr(settings_module, "CPUINFO", cpuinfo)
     given = config(compute={"dtype": asked})
     assert dtype_reason(given.compute) == reason
-    assert resolve(given).compute.dtype == dtype
+    assert resolve_auto(given).compute.dtype == dtype
     # On the CPU of a machine with a GPU all is the same; `auto` takes the GPU.
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(settings_module, "DEVICES", tmp_path)
     on_cpu = config(compute={"dtype": asked, "device": "cpu"})
     assert dtype_reason(on_cpu.compute) == reason
-    assert resolve(on_cpu).compute.dtype == dtype
+    assert resolve_auto(on_cpu).compute.dtype == dtype
     if asked == "auto":
         assert dtype_reason(given.compute) == "the GPU computes in it"
-        assert resolve(given).compute.dtype == "bfloat16"
+        assert resolve_auto(given).compute.dtype == "bfloat16"
     else:
         assert dtype_reason(given.compute) == "compute.dtype says so"

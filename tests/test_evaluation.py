@@ -93,9 +93,15 @@ def test_judge_by_logits_equal_texts_tie_whatever_the_logit() -> None:
 @given(st.floats(-700, 700))
 def test_judge_by_logits_swapping_systems_turns_the_verdict(z: float) -> None:
     match = evaluation.Match("id", "p", None, "policy", "reference", "greedy", "a", "b")
-    row, turned = judge_by_logits("r", [match, match], [z, -z])
+    row, turned = judge_by_logits("ranker", [match, match], [z, -z])
     assert evaluation.POINTS[row["verdict"]] == 1 - evaluation.POINTS[turned["verdict"]]
     assert row["probability"] == pytest.approx(1 - turned["probability"], abs=1e-12)
+
+
+def test_judge_that_no_table_would_show_is_refused() -> None:
+    match = evaluation.Match("id", "p", None, "policy", "reference", "greedy", "a", "b")
+    with pytest.raises(ValueError, match="found the judge 'other', expected one of ranker, gold_"):
+        judge_by_logits("other", [match], [1.0])
 
 
 def test_verdict_from_logit_nan_is_refused() -> None:
@@ -368,9 +374,9 @@ def test_conclusion_names_a_collapse_before_the_gain_and_sampled_answers_after_g
         sentence.index(said)
         for said in (
             "Under the known synthetic gold the policy beats SFT: it wins 100.0 % of 40 prompts",
-            "length in words rose by 4.0 a prompt.",
+            "length in words rose by 4.0 per prompt.",
             "On sampled answers, under the same judge, the policy is worse than SFT: it wins 0.0 %",
-            "length in words fell by 1.0 a prompt.",
+            "length in words fell by 1.0 per prompt.",
         )
     ]
     assert places == sorted(places)

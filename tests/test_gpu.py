@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rso import prefix
-from rso.branch_attention import attention, dense
+from rso.branch_attention import branch_attention, dense
 from rso.config import Compute, TrainPolicy
 from rso.decoding import Request, Sampling, load_decoder
 from rso.decoding.shared_prompt import Columns, Slots, across
-from rso.prefix import Row
-from rso.ranking import Candidates, load_ranker
+from rso.prefix import PrefixRow
+from rso.ranking import PromptCandidates, load_ranker
 from rso.training.policy import train_policy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -34,14 +34,14 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert float(difference / expected.double().norm()) < ROUNDING[dtype]
 
 
-def rows(num_rows: int = 5) -> list[Row]:
+def rows(num_rows: int = 5) -> list[PrefixRow]:
     draw = np.random.default_rng(0)
 
     def ids(low: int, high: int) -> list[int]:
         return draw.integers(5, 300, draw.integers(low, high)).tolist()
 
     return [
-        Row(ids(1, 90), [ids(1, 40) for _ in range(int(draw.integers(1, 6)))])
+        PrefixRow(ids(1, 90), [ids(1, 40) for _ in range(int(draw.integers(1, 6)))])
         for _ in range(num_rows)
     ]
 
@@ -67,7 +67,7 @@ def test_attention_over_branches_and_its_gradients_are_dense_attentions(
         return [out, *torch.autograd.grad(out, leaves, weights.to(kind))]
 
     found = results(
-        lambda *qkv: attention(torch.nn.Identity(), *qkv, None, branches=layout)[0], dtype
+        lambda *qkv: branch_attention(torch.nn.Identity(), *qkv, None, branches=layout)[0], dtype
     )
     expected = results(lambda *qkv: dense(*qkv, layout, 64**-0.5), torch.float64)
     for ours, plain in zip(found, expected, strict=True):
@@ -79,7 +79,7 @@ def test_attention_takes_the_types_that_autocast_leaves() -> None:
     layout = prefix.collate(rows(), device="cuda").layout
     query, key, value = (states(torch.float32, 1, 2, layout.num_tokens, 32) for _ in "qkv")
     leaves = [query.requires_grad_(), key.requires_grad_(), value.bfloat16().requires_grad_()]
-    out, _ = attention(torch.nn.Identity(), *leaves, None, branches=layout)
+    out, _ = branch_attention(torch.nn.Identity(), *leaves, None, branches=layout)
     assert out.dtype == torch.bfloat16
     gradients = torch.autograd.grad(out.float().square().sum(), leaves)
     assert [g.dtype for g in gradients] == [torch.float32, torch.float32, torch.bfloat16]
@@ -203,7 +203,7 @@ def test_rewards_on_both_devices_are_the_same(
 ) -> None:
     family = families[kind]
     items = [
-        Candidates(f"question {i}", "one answer", ["another answer", "one answer", "x " * i])
+        PromptCandidates(f"question {i}", "one answer", ["another answer", "one answer", "x " * i])
         for i in range(1, 9)
     ]
 

@@ -93,9 +93,9 @@ def test_coverage_rewards_telegraphic_text_as_is_known() -> None:
 
 
 def test_chrf_without_target_tells_what_to_do() -> None:
-    assert labelling.chrf(PROMPT, "a line", "a line") == pytest.approx(100.0)
+    assert labelling.chrf_to_target(PROMPT, "a line", "a line") == pytest.approx(100.0)
     with pytest.raises(UserError, match="human target"):
-        labelling.chrf(PROMPT, "a line", None)
+        labelling.chrf_to_target(PROMPT, "a line", None)
 
 
 def test_labeller_unknown_lists_the_known() -> None:

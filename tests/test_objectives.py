@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rso.config import Compute, Templates, parse_config
 from rso.errors import UserError
 from rso.objectives import coefficients, pooled_scale, weighted_sum
-from rso.ranking import Candidates, Comparison, RowRanker, WeightedRanker, load_ranker
+from rso.ranking import Comparison, PromptCandidates, RowRanker, WeightedRanker, load_ranker
 from stages.runner import run_stage
 
 Row = dict[str, Any]
@@ -66,7 +66,7 @@ def test_weighted_ranker_is_the_weighted_sum_of_its_rankers(finished: system.Run
     ]
     both = WeightedRanker(rankers, [0.25, 2.0])
     items = [Comparison("why", "a list", "a number"), Comparison("how", "sort", "sort the list")]
-    many = [Candidates("why", "a list", ["a number", "a list", "lines"])]
+    many = [PromptCandidates("why", "a list", ["a number", "a list", "lines"])]
     for method in ("compare", "preference"):
         one, other = (getattr(ranker, method)(items) for ranker in rankers)
         assert not np.array_equal(one, other)

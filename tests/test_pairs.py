@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from test_pipelines import ONE, THREADS, read_all, reshard
 from transformers import PreTrainedTokenizerBase
 
-from pipelines.pair import COLUMNS, DirectPairShard, PairShard
+from pipelines.pair import PAIR_COLUMNS, DirectPairShard, PairShard
 from pipelines.score import RankerSource
-from pipelines.shards import Counters, Dataset, Plan, map_shards
+from pipelines.shards import Dataset, Plan, map_shards
+from rso.aliases import Counters
 from rso.config import Beam, Compute, Pair, Templates
 from rso.errors import UserError
 from rso.pairing import best_vs_random, best_vs_worst, first_round, tournament
@@ -55,8 +56,8 @@ def tables(samples: list[Row]) -> dict[str, pa.Table]:
     }
     return {
         name: pa.Table.from_pylist(
-            [{column: row[column] for column in COLUMNS[name]} for row in rows],
-            schema=pa.schema([SCHEMAS[name].field(column) for column in COLUMNS[name]]),
+            [{column: row[column] for column in PAIR_COLUMNS[name]} for row in rows],
+            schema=pa.schema([SCHEMAS[name].field(column) for column in PAIR_COLUMNS[name]]),
         )
         for name, rows in given.items()
     }
@@ -123,7 +124,7 @@ def test_pair_pipeline_however_sharded_equals_the_pure_functions(
     inputs = {
         # Written backwards: shards are sorted by their ids whatever comes.
         name: reshard(rows[name][::-1], tmp_path / name, name, total)._replace(columns=columns)
-        for name, columns in COLUMNS.items()
+        for name, columns in PAIR_COLUMNS.items()
     }
     plan = Plan(
         "pair",

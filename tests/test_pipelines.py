@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import system
 
-from pipelines.prepare import OUTPUTS, prepare_shards
+from pipelines.prepare import PREPARE_OUTPUTS, prepare_shards
 from pipelines.reject import RejectShard, all_betas, by_beta, in_nats, numbered
 from pipelines.shards import Dataset, Plan, Shard, map_shards
 from rso import sources
@@ -198,7 +198,7 @@ def prepared(config: Config, folder: Path, prompts_per_shard: int, beam: Beam) -
         config.prepare.model_copy(update={"prompts_per_shard": prompts_per_shard}),
         seed=config.seed,
         load_counter=load_count_words,
-        outputs={name: str(folder / name) for name in OUTPUTS},
+        outputs={name: str(folder / name) for name in PREPARE_OUTPUTS},
         counters=str(folder / "counters"),
         beam_settings=beam,
     )
@@ -216,7 +216,7 @@ def test_prepare_pipeline_however_sharded_equals_the_pure_function(
     config = tiny_run.config(system.override("prepare.sources", sources_))
     counters = prepared(config, tmp_path, prompts_per_shard, beam)
     expected = sources.prepare(config.prepare, seed=config.seed, count_tokens=CountWords())
-    for name in OUTPUTS:
+    for name in PREPARE_OUTPUTS:
         rows = getattr(expected, name)
         rows = pa.Table.from_pylist(rows, schema=SCHEMAS[name]).to_pylist()
         rows.sort(key=lambda row: [row[key] for key in sort_keys(name)])

@@ -8,13 +8,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rso import prefix
-from rso.branch_attention import attention, dense
-from rso.prefix import Row
+from rso.branch_attention import branch_attention, dense
+from rso.prefix import PrefixRow
 
 ROWS = [
-    Row([1, 20, 30, 40, 50], [[60, 61, 62, 2], [70, 2], [2], [60, 61, 62, 2]]),
-    Row([9], [[80, 81, 82, 83, 84, 85, 86], [87]]),
-    Row([1, 33, 34], [[99, 98, 97]]),
+    PrefixRow([1, 20, 30, 40, 50], [[60, 61, 62, 2], [70, 2], [2], [60, 61, 62, 2]]),
+    PrefixRow([9], [[80, 81, 82, 83, 84, 85, 86], [87]]),
+    PrefixRow([1, 33, 34], [[99, 98, 97]]),
 ]
 
 
@@ -70,8 +70,8 @@ def test_last_logits_equal_one_sequence_at_a_time(model: PreTrainedModel) -> Non
 
 
 def test_branches_do_not_see_each_other(model: PreTrainedModel) -> None:
-    first = Row([1, 20], [[60, 61], [70, 71]])
-    second = Row([1, 20], [[99, 98], [70, 71]])
+    first = PrefixRow([1, 20], [[60, 61], [70, 71]])
+    second = PrefixRow([1, 20], [[99, 98], [70, 71]])
     logps = [prefix.branch_logps(model, prefix.collate([row]))[0] for row in (first, second)]
     assert logps[0][1] == logps[1][1]
     assert logps[0][0] != logps[1][0]
@@ -92,7 +92,7 @@ def test_dense_attention_sees_what_the_kernels_by_slices_see() -> None:
     layout = prefix.collate(ROWS).layout
     query = torch.randn(1, 4, layout.num_tokens, 16)
     key, value = torch.randn(2, 1, 2, layout.num_tokens, 16)
-    expected, _ = attention(torch.nn.Identity(), query, key, value, None, branches=layout)
+    expected, _ = branch_attention(torch.nn.Identity(), query, key, value, None, branches=layout)
     found = dense(query, key, value, layout, 16**-0.5)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -101,18 +101,18 @@ def test_attention_dropout_is_refused() -> None:
     layout = prefix.collate(ROWS).layout
     states = torch.randn(1, 2, layout.num_tokens, 16)
     with pytest.raises(ValueError, match=r"dropout is 0.1.*compute.attention to sdpa"):
-        attention(torch.nn.Identity(), *[states] * 3, None, branches=layout, dropout=0.1)
+        branch_attention(torch.nn.Identity(), *[states] * 3, None, branches=layout, dropout=0.1)
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([ROWS[0], Row([], [[1]])], "row 1: the prefix is empty"),
-        ([ROWS[0], Row([1], [[1], []])], "row 1, branch 1: the response has no tokens"),
-        ([Row([1], [])], "row 0: no branches"),
+        ([ROWS[0], PrefixRow([], [[1]])], "row 1: the prefix is empty"),
+        ([ROWS[0], PrefixRow([1], [[1], []])], "row 1, branch 1: the response has no tokens"),
+        ([PrefixRow([1], [])], "row 0: no branches"),
     ],
 )
-def test_collate_refuses_what_has_no_logps(rows: list[Row], message: str) -> None:
+def test_collate_refuses_what_has_no_logps(rows: list[PrefixRow], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prefix.collate(rows)
 
@@ -124,7 +124,7 @@ def test_sliding_window_shorter_than_a_sequence_is_refused(model: PreTrainedMode
 
 
 def test_sequence_longer_than_the_context_is_refused(model: PreTrainedModel) -> None:
-    rows = [Row([1] * 500, [[2] * 12, [2] * 12]), Row([1], [[2] * 512])]
+    rows = [PrefixRow([1] * 500, [[2] * 12, [2] * 12]), PrefixRow([1], [[2] * 512])]
     prefix.hidden_states(model, prefix.collate(rows[:1]))
     with pytest.raises(ValueError, match=r"sequence of 513 .* context of 512"):
         prefix.hidden_states(model, prefix.collate(rows))
@@ -142,7 +142,7 @@ def test_plan_batches_covers_all_within_the_budget(lengths: list[int], budget: i
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 40))
 def test_split_row_keeps_all_branches_in_order(sizes: list[int], budget: int) -> None:
-    row = Row([1, 2], [[number] * size for number, size in enumerate(sizes)])
+    row = PrefixRow([1, 2], [[number] * size for number, size in enumerate(sizes)])
     rows = prefix.split_row(row, budget)
     assert [branch for part in rows for branch in part.branches] == row.branches
     assert all(part.prefix == row.prefix for part in rows)

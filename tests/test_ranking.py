@@ -14,7 +14,7 @@ from rso import ranking
 from rso.config import Templates
 from rso.errors import UserError
 from rso.progress import progress
-from rso.ranking import Candidates, Comparison, RowRanker
+from rso.ranking import Comparison, PromptCandidates, RowRanker
 from rso.ranking.transformers_engine import TransformersRanker
 from rso.templates import RankerEncoder
 
@@ -107,7 +107,7 @@ def test_rewards_prefer_the_candidate_to_the_baseline(
     ranker: RowRanker, plain: Callable[[Sequence[Comparison]], np.ndarray], orders: Any
 ) -> None:
     texts = [*WORDS, "one", "one"]
-    items = [Candidates("a question", "one", texts), Candidates("p", "x", [])]
+    items = [PromptCandidates("a question", "one", texts), PromptCandidates("p", "x", [])]
     found = ranker.rewards_many(items, orders=orders)
     forward = plain([Comparison("a question", "one", text) for text in texts])
     backward = plain([Comparison("a question", text, "one") for text in texts])
@@ -136,7 +136,7 @@ def test_rewards_count_the_tokens_of_shared_prefixes_once(
     forward = context + first + sum(size + end for size in of_texts)
     of_texts = [len(encoder.side("A", text)) for text in texts[:2]]
     backward = context + sum(size + second + end for size in of_texts)
-    items = [Candidates("a question", "one answer", texts)]
+    items = [PromptCandidates("a question", "one answer", texts)]
     for orders, expected in (("baseline-first", forward), ("both", forward + backward)):
         assert ranker.rewards_many(items, orders=orders)[0].num_tokens == expected
 
@@ -149,7 +149,7 @@ def test_text_that_differs_in_the_prefix_or_white_space_is_the_same_to_a_ranker(
     )
     same = ["a good file", " a good file", "a good file\n", " a good file \n"]
     with progress("rewards", total=2, unit="responses") as bar:
-        (found,) = ranker.rewards_many([Candidates("a question", "lazy", same)], bar)
+        (found,) = ranker.rewards_many([PromptCandidates("a question", "lazy", same)], bar)
         assert bar.done == 2 and len(set(found.values.tolist())) == 1
     pairs = [Comparison("a question", a, b) for a in same for b in same]
     # Exactly, so that rounding decides no verdict.
@@ -173,7 +173,7 @@ def test_preference_averages_both_orders(
 
 
 def test_equal_texts_are_computed_once(ranker: RowRanker) -> None:
-    items = [Candidates("a question", "one", ["x", "y", "x", "x"])]
+    items = [PromptCandidates("a question", "one", ["x", "y", "x", "x"])]
     for orders, expected in (("baseline-first", 2), ("both", 4)):
         with progress("rewards", total=expected, unit="comparisons") as bar:
             ranker.rewards_many(items, bar, orders=orders)

@@ -18,9 +18,9 @@ from rso.diagnostics import curve
 from rso.labelling import labeller
 from rso.rejection import select
 from rso.report import (
-    Curve,
     ReportData,
     ScoringRanker,
+    ShownCurve,
     StageSummary,
     build,
     pick_examples,
@@ -167,8 +167,8 @@ def full_data(num_prompts: int = 60) -> ReportData:
             StageSummary("train_policy", 4000.0, 5 * 2**30, {}, {"pairs": 400}, cached=True),
         ],
         curves=[
-            Curve("train_sft", "loss", [(i, 3.0 / (i + 1)) for i in range(30)]),
-            Curve("train_policy", "margin, nats", [(i, i**0.5) for i in range(12)]),
+            ShownCurve("train_sft", "loss", [(i, 3.0 / (i + 1)) for i in range(30)]),
+            ShownCurve("train_policy", "margin, nats", [(i, i**0.5) for i in range(12)]),
         ],
         scoring=scoring([*[1.0] * 24, *[-3.0] * 12], [(1.5, -0.5), (0.25, 0.75)]),
         rejection=rejection_summary(
@@ -298,7 +298,7 @@ def table_after(page: str, heading: str) -> list[str]:
 
 
 def test_build_shows_sampled_answers_beside_greedy_ones(page: str) -> None:
-    judges = list(report.JUDGE_NAMES.values())
+    judges = [judge.heading for judge in report.JUDGES.values()]
     wins = table_after(page, "Who wins")
     blocks = [name for name in wins if name not in judges]
     assert blocks == [

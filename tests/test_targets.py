@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_pipelines import ONE, THREADS, read_all, reshard
 
 from pipelines.shards import Dataset, Plan, map_shards
-from pipelines.targets import COLUMNS, BoundsShard, TargetShard
+from pipelines.targets import TARGET_COLUMNS, BoundsShard, TargetShard
 from rso.config import Beam, Targets
 from rso.errors import UserError
 from rso.rejection import NonFiniteReward
@@ -121,7 +121,7 @@ def plan_of(finished: system.Run, folder: Path, total: int, rewards: list[dict],
         "prompts": finished.rows("prepare/prompts"),
     }
     inputs = {
-        key: reshard(value, folder / key, key, total)._replace(columns=COLUMNS[key])
+        key: reshard(value, folder / key, key, total)._replace(columns=TARGET_COLUMNS[key])
         for key, value in rows.items()
     }
     outputs = {"demonstrations": Dataset(str(folder / name), "demonstrations")}
@@ -193,7 +193,7 @@ def tables(rows: list[tuple[str, str, float]], finish_reason: str = "stop") -> d
     data = {"candidates": candidates, "rewards": rewards, "prompts": prompts}
     return {
         name: pa.Table.from_pylist(
-            data[name], schema=pa.schema([SCHEMAS[name].field(c) for c in COLUMNS[name]])
+            data[name], schema=pa.schema([SCHEMAS[name].field(c) for c in TARGET_COLUMNS[name]])
         )
         for name in data
     }

@@ -125,7 +125,7 @@ def test_figure_of_evaluate_is_the_win_rate_under_the_gold(finished: system.Run)
     rate = 100 * sum(verdicts) / len(verdicts)
     found = re.fullmatch(
         r"the policy wins ([\d.]+) % \[([\d.]+), ([\d.]+)\] of (\d+) prompts against SFT under "
-        "the known gold",
+        "the known synthetic gold",
         figure(finished.artifact("evaluate")),
     )
     assert found is not None

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from rso.config import Lora
 from rso.decoding import Request, Sampling, load_decoder
 from rso.errors import UserError
-from rso.prefix import Row
-from rso.training.steps import Example, Step
+from rso.prefix import PrefixRow
+from rso.training.steps import Step, TrainingExample
 
 TESTS = str(Path(__file__).parent)
 TRAIN = """
@@ -126,8 +126,8 @@ def test_divergence_ends_all_processes_at_the_same_step(
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 7])
 def test_shares_hold_every_row_once_and_have_one_length(num_processes: int) -> None:
-    rows = [Row([1] * (3 + i % 4), [[2] * (1 + i)]) for i in range(5)]
-    examples = [Example(f"p{i}", row) for i, row in enumerate(rows)]
+    rows = [PrefixRow([1] * (3 + i % 4), [[2] * (1 + i)]) for i in range(5)]
+    examples = [TrainingExample(f"p{i}", row) for i, row in enumerate(rows)]
     step = Step(examples, num_items=5, divisor=5.0, token_budget=12)
     shares = [step.share(rank, num_processes) for rank in range(num_processes)]
     dealt = [e.prompt_id for s in shares for batch in s.micro_batches for e in batch]

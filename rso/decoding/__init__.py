@@ -74,7 +74,7 @@ class Request(NamedTuple):
     token_ids: list[int]
 
 
-class Refusal(NamedTuple):
+class RefusedRequest(NamedTuple):
     """A request that cannot be decoded, and the reason in one sentence."""
 
     request: Request
@@ -152,14 +152,14 @@ class Decoder(Protocol):
 
 def check_room(
     requests: Sequence[Request], context_length: int, max_new_tokens: int
-) -> tuple[list[Request], list[Refusal]]:
+) -> tuple[list[Request], list[RefusedRequest]]:
     """Return the requests that fit, and the others with their reasons.
 
     A prompt fits if it has at least one token and leaves room for `max_new_tokens` in
     `context_length`.
     """
     kept: list[Request] = []
-    refused: list[Refusal] = []
+    refused: list[RefusedRequest] = []
     room = context_length - max_new_tokens
     for request in requests:
         length = len(request.token_ids)
@@ -171,7 +171,7 @@ def check_room(
             f"holds {context_length} and max_new_tokens takes {max_new_tokens}; shorten the prompt "
             "or lower max_new_tokens"
         )
-        refused.append(Refusal(request, reason))
+        refused.append(RefusedRequest(request, reason))
     return kept, refused
 
 
@@ -239,7 +239,7 @@ def load_decoder(
         from rso.decoding.vllm_engine import VllmDecoder
 
         return VllmDecoder(directory, dtype=dtype, max_model_len=max_model_len)
-    from rso.decoding.transformers_engine import load
+    from rso.decoding.transformers_engine import load_transformers
 
-    loaded: Decoder = load(directory, dtype=dtype, device=device)
+    loaded: Decoder = load_transformers(directory, dtype=dtype, device=device)
     return loaded

@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rso.decoding import Sampling, num_drawn
-from rso.decoding.shared_prompt import ATTENTION, LastToken, Prefill, Prompts, Samples, Step
+from rso.decoding.shared_prompt import (
+    SHARED_PROMPT,
+    DecodeStep,
+    LastToken,
+    Prefill,
+    Prompts,
+    SampleKeys,
+)
 from rso.errors import UserError
 
 TOKENS_PER_PREFILL = 4096
@@ -23,7 +30,7 @@ class CausalWave:
     The number of a sample is `prompt * num_drawn(sampling) + sample`.
     """
 
-    attention = ATTENTION
+    attention = SHARED_PROMPT
 
     def __init__(
         self, model: PreTrainedModel, prompts: Sequence[list[int]], sampling: Sampling
@@ -34,7 +41,7 @@ class CausalWave:
         self._stored = Prompts(self._lengths, model.dtype)
         numbers = torch.arange(len(prompts) * self._num_samples, device=model.device)
         # The last token of a response is drawn, but never an input.
-        self._samples = Samples(numbers, sampling.max_new_tokens - 1)
+        self._samples = SampleKeys(numbers, sampling.max_new_tokens - 1)
 
     @staticmethod
     def attending(model: PreTrainedModel) -> PreTrainedModel:
@@ -104,7 +111,7 @@ class CausalWave:
         `live` is ascending. A sample that is missing from it never comes back.
         """
         prompt_of = live // self._num_samples
-        attend = Step(self._stored, self._samples, live, prompt_of)
+        attend = DecodeStep(self._stored, self._samples, live, prompt_of)
         return self._logits(tokens, self._lengths[prompt_of] + step, attend)
 
     def _fill(self, rows: list[list[int]], end: int, attend: Prefill) -> None:
@@ -119,7 +126,7 @@ class CausalWave:
             shared_prompt=attend,
         )
 
-    def _logits(self, tokens: Tensor, positions: Tensor, attend: LastToken | Step) -> Tensor:
+    def _logits(self, tokens: Tensor, positions: Tensor, attend: LastToken | DecodeStep) -> Tensor:
         """Return logits [row, vocabulary] after one more token per row, and store its keys."""
         output = self._model(
             input_ids=tokens[:, None],

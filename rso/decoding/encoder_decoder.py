@@ -22,8 +22,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from rso.decoding import Sampling, num_drawn
 from rso.decoding.shared_prompt import Columns, Slots, across
 
-ATTENTION = "rso_shared_encoder"
-"""The name of `attention` in transformers' registry of attention functions."""
+SHARED_ENCODER = "rso_shared_encoder"
+"""The name of `shared_encoder_attention` in transformers' registry of attention functions."""
 
 
 class Readers(NamedTuple):
@@ -33,7 +33,7 @@ class Readers(NamedTuple):
     columns: Columns
 
 
-def attention(
+def shared_encoder_attention(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -59,7 +59,7 @@ def attention(
     return seen.transpose(1, 2), None
 
 
-AttentionInterface.register(ATTENTION, attention)
+AttentionInterface.register(SHARED_ENCODER, shared_encoder_attention)
 
 
 class EncoderDecoderWave:
@@ -68,7 +68,7 @@ class EncoderDecoderWave:
     The number of a sample is `prompt * num_drawn(sampling) + sample`.
     """
 
-    attention = ATTENTION
+    attention = SHARED_ENCODER
 
     def __init__(
         self, model: PreTrainedModel, prompts: Sequence[list[int]], sampling: Sampling

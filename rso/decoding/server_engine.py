@@ -44,7 +44,7 @@ from rso.decoding.endpoint import NOT_FINITE, Endpoint, Unavailable, connect, se
 from rso.decoding.journal import Journal
 from rso.errors import UserError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class ServerDecoder:
         dtype: str = "bfloat16",
         max_model_len: int | None = None,
     ) -> None:
-        config = models.load_config(directory)
+        config = models.load_model_config(directory)
         if config.is_encoder_decoder:
             raise UserError(
                 f"the vllm-server engine decodes decoder-only models, and {directory} is of the "
@@ -391,7 +391,7 @@ def _is_model(card: Mapping[str, Any], directory: str) -> bool:
     return is_digest and models.model_digest(directory) in names
 
 
-def _run(work: Coroutine[Any, Any, T]) -> T:
+def _run(work: Coroutine[Any, Any, _T]) -> _T:
     """Return the result of `work`; of several simultaneous errors, raise the first."""
     try:
         return asyncio.run(work)

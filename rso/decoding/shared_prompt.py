@@ -17,8 +17,8 @@ from transformers import AttentionInterface
 from rso import flash_on_gpu
 from rso.flash_on_gpu import Spans
 
-ATTENTION = "rso_shared_prompt"
-"""The name of `attention` in transformers' registry of attention functions."""
+SHARED_PROMPT = "rso_shared_prompt"
+"""The name of `shared_prompt_attention` in transformers' registry of attention functions."""
 
 # Below this share of live rows the keys of finished rows are dropped. That copies the others.
 LIVE_SHARE = 0.75
@@ -113,7 +113,7 @@ class LastToken:
         )
 
 
-class Samples:
+class SampleKeys:
     """The keys and values of the samples' own tokens.
 
     Args:
@@ -170,7 +170,7 @@ class Slots:
         return rows if self._is_full else rows[self._place]
 
 
-class Step:
+class DecodeStep:
     """Attention of one new token per row over its prompt and over its sample.
 
     Args:
@@ -178,7 +178,9 @@ class Step:
         prompt_of: int64 [row]: the prompt of each row.
     """
 
-    def __init__(self, prompts: Prompts, samples: Samples, live: Tensor, prompt_of: Tensor) -> None:
+    def __init__(
+        self, prompts: Prompts, samples: SampleKeys, live: Tensor, prompt_of: Tensor
+    ) -> None:
         self._prompts, self._samples = prompts, samples
         self._place = samples.advance(live)
         self._slots = Slots(prompt_of, len(prompts.lengths))
@@ -215,14 +217,14 @@ class Step:
         return seen[self._place], total[self._place]
 
 
-def attention(
+def shared_prompt_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    shared_prompt: Prefill | LastToken | Step,
+    shared_prompt: Prefill | LastToken | DecodeStep,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -237,7 +239,7 @@ def attention(
     return shared_prompt.attend(layer, query, key, value, scale).transpose(1, 2), None
 
 
-AttentionInterface.register(ATTENTION, attention)
+AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)
 
 
 class Run(NamedTuple):

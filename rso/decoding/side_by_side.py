@@ -10,10 +10,10 @@ import torch
 
 from rso.decoding import Progress
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def side_by_side(work: Callable[[T], None], items: Sequence[T], num_workers: int) -> None:
+def side_by_side(work: Callable[[_T], None], items: Sequence[_T], num_workers: int) -> None:
     """Call `work` with each item, in inference mode, up to `num_workers` at a time.
 
     The workers share the threads of torch equally. After an error no further item begins. When the
@@ -27,7 +27,7 @@ def side_by_side(work: Callable[[T], None], items: Sequence[T], num_workers: int
         return
     num_threads, failed = torch.get_num_threads(), threading.Event()
 
-    def run(item: T) -> None:
+    def run(item: _T) -> None:
         # Both settings belong to the thread, so each worker makes them.
         torch.set_num_threads(max(1, num_threads // num_workers))
         with torch.inference_mode():

@@ -48,7 +48,9 @@ BYTES_PER_WAVE = 2 << 30
 Wave = CausalWave | EncoderDecoderWave
 
 
-def load(directory: str, *, dtype: str = "bfloat16", device: str = "auto") -> "TransformersDecoder":
+def load_transformers(
+    directory: str, *, dtype: str = "bfloat16", device: str = "auto"
+) -> "TransformersDecoder":
     """Return the decoder of a model directory on `device`; auto is cuda where there is a GPU.
 
     Raises:

@@ -114,7 +114,7 @@ class VllmDecoder:
             # vLLM's v2 model runner, which runs on GPUs, draws the seeds of requests from numpy.
             np.random.seed(key % 2**32)
             prompts = [request.token_ids for request in requests]
-            for number, outputs in run(self._llm, prompts, parameters, self._adapter):
+            for number, outputs in run_engine(self._llm, prompts, parameters, self._adapter):
                 finished[number] = outputs
                 if progress is not None:
                     progress(sampling.num_samples)
@@ -191,7 +191,7 @@ def start(
         UserError: vLLM cannot start with the model; the message says the cause and what to use
             instead. Or adapters do not fit their base, or no GPU is left for this worker.
     """
-    config = models.load_config(directory)
+    config = models.load_model_config(directory)
     if config.is_encoder_decoder:
         raise UserError(
             f"the vllm engine takes decoder-only models, and {directory} is of the encoder-decoder "
@@ -244,7 +244,7 @@ def start(
         torch.set_num_threads = set_num_threads
 
 
-def run(
+def run_engine(
     llm: Any, prompts: Sequence[list[int]], parameters: Any, adapter: Any
 ) -> Iterator[tuple[int, list[Any]]]:
     """Yield the number and the outputs of each prompt when it is finished.

@@ -19,14 +19,13 @@ import torch
 from numpy.typing import NDArray
 
 from rso import models
+from rso.aliases import Float32s
 from rso.config import RewardOrders, Templates
 from rso.errors import PromptError, UserError
 from rso.objectives import weighted_sum
-from rso.prefix import Row
+from rso.prefix import PrefixRow
 from rso.progress import progress as Bar
 from rso.templates import RankerEncoder, judged_text
-
-Float32 = NDArray[np.float32]
 
 
 class Comparison(NamedTuple):
@@ -37,7 +36,7 @@ class Comparison(NamedTuple):
     b: str
 
 
-class Candidates(NamedTuple):
+class PromptCandidates(NamedTuple):
     """The candidates of a prompt and the baseline they are scored against."""
 
     prompt: str
@@ -46,7 +45,7 @@ class Candidates(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rewards:
+class PromptRewards:
     """The candidates of a prompt against its baseline: logit_A - logit_B [candidates] by order.
 
     `forward` has the baseline in slot A, `backward` the candidate; it is None where only the first
@@ -54,12 +53,12 @@ class Rewards:
     candidates once. An encoder-decoder model reads the prefix again for each candidate.
     """
 
-    forward: Float32
-    backward: Float32 | None
+    forward: Float32s
+    backward: Float32s | None
     num_tokens: int
 
     @property
-    def values(self) -> Float32:
+    def values(self) -> Float32s:
         """The rewards [candidates] (eq. 7), the mean over the orders that were asked for."""
         if self.backward is None:
             return -self.forward
@@ -73,27 +72,27 @@ class NonFiniteLogit(PromptError):
 class Ranker(Protocol):
     """What stages need of a pairwise ranker, whatever computes it."""
 
-    def compare(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
+    def compare(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32s:
         """Return logit_A - logit_B of each item as it stands, one order only: [items]."""
         ...
 
-    def preference(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
+    def preference(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32s:
         """Return z = (z_AB - z_BA) / 2 of each item, [items]; P(`a` is better) = sigmoid(z)."""
         ...
 
     def both_orders(
         self, items: Sequence[Comparison], progress: Bar | None = None
-    ) -> tuple[Float32, Float32]:
+    ) -> tuple[Float32s, Float32s]:
         """Return z_AB and z_BA, each logit_A - logit_B [items]: `a` first, and `b` first."""
         ...
 
     def rewards_many(
         self,
-        items: Sequence[Candidates],
+        items: Sequence[PromptCandidates],
         progress: Bar | None = None,
         *,
         orders: RewardOrders = "both",
-    ) -> list[Rewards]:
+    ) -> list[PromptRewards]:
         """Return the rewards of each item's responses (eq. 7)."""
         ...
 
@@ -120,10 +119,10 @@ class RowRanker(ABC):
         self._encoder, self._context_length = encoder, context_length
 
     @abstractmethod
-    def margins(self, rows: Sequence[Row], progress: Bar | None) -> list[Float32]:
+    def margins(self, rows: Sequence[PrefixRow], progress: Bar | None) -> list[Float32s]:
         """Return logit_A - logit_B after every branch of every row, rows as given."""
 
-    def compare(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
+    def compare(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32s:
         """Return logit_A - logit_B of each item as it stands, one order only: [items].
 
         Items of one prompt share its context; equal items are computed once.
@@ -144,7 +143,7 @@ class RowRanker(ABC):
         )
         branches = (a + b + self._encoder.suffix for a, b in sides)
         rows = [
-            Row(self._encoder.context(prompt).ids, [next(branches) for _ in of_prompt])
+            PrefixRow(self._encoder.context(prompt).ids, [next(branches) for _ in of_prompt])
             for prompt, of_prompt in distinct.items()
         ]
         found: dict[tuple[str, str, str], np.float32] = {}
@@ -153,7 +152,7 @@ class RowRanker(ABC):
             found.update(zip(of_prompt, values, strict=True))
         return np.array([found[key] for key in keys], dtype=np.float32)
 
-    def preference(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
+    def preference(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32s:
         """Return z = (z_AB - z_BA) / 2 of each item, [items]; P(`a` is better) = sigmoid(z).
 
         Swapping the two responses negates z exactly in exact arithmetic.
@@ -163,7 +162,7 @@ class RowRanker(ABC):
 
     def both_orders(
         self, items: Sequence[Comparison], progress: Bar | None = None
-    ) -> tuple[Float32, Float32]:
+    ) -> tuple[Float32s, Float32s]:
         """Return z_AB and z_BA, each logit_A - logit_B [items], with `a` first and with `b` first.
 
         `progress` counts branches, at most two an item.
@@ -172,17 +171,17 @@ class RowRanker(ABC):
         margins = self.compare([*items, *swapped], progress)
         return margins[: len(items)], margins[len(items) :]
 
-    def rewards(self, prompt: str, baseline: str, responses: Sequence[str]) -> Float32:
+    def rewards(self, prompt: str, baseline: str, responses: Sequence[str]) -> Float32s:
         """Return the reward in both orders of each response against the baseline: [responses]."""
-        return self.rewards_many([Candidates(prompt, baseline, responses)])[0].values
+        return self.rewards_many([PromptCandidates(prompt, baseline, responses)])[0].values
 
     def rewards_many(
         self,
-        items: Sequence[Candidates],
+        items: Sequence[PromptCandidates],
         progress: Bar | None = None,
         *,
         orders: RewardOrders = "both",
-    ) -> list[Rewards]:
+    ) -> list[PromptRewards]:
         """Return the rewards of each item's responses (eq. 7).
 
         With the baseline first, context and baseline are computed once for all responses; with the
@@ -197,21 +196,21 @@ class RowRanker(ABC):
         rows = self._rows_of_baseline_first(items, distinct)
         forward = self._in_order(items, distinct, rows, progress)
         if orders == "baseline-first":
-            return [Rewards(z_ab, None, num_tokens) for z_ab, num_tokens in forward]
+            return [PromptRewards(z_ab, None, num_tokens) for z_ab, num_tokens in forward]
         rows = self._rows_of_candidate_first(items, distinct)
         backward = self._in_order(items, distinct, rows, progress)
         return [
-            Rewards(z_ab, z_ba, num_tokens + num_more)
+            PromptRewards(z_ab, z_ba, num_tokens + num_more)
             for (z_ab, num_tokens), (z_ba, num_more) in zip(forward, backward, strict=True)
         ]
 
     def _in_order(
         self,
-        items: Sequence[Candidates],
+        items: Sequence[PromptCandidates],
         distinct: Sequence[_Distinct],
-        rows: Sequence[Row],
+        rows: Sequence[PrefixRow],
         progress: Bar | None,
-    ) -> list[tuple[Float32, int]]:
+    ) -> list[tuple[Float32s, int]]:
         """Return logit_A - logit_B [responses] and the tokens of each item's row."""
         margins = self._margins([item.prompt for item in items], rows, progress)
         return [
@@ -220,13 +219,13 @@ class RowRanker(ABC):
         ]
 
     def _rows_of_baseline_first(
-        self, items: Sequence[Candidates], distinct: Sequence[_Distinct]
-    ) -> list[Row]:
+        self, items: Sequence[PromptCandidates], distinct: Sequence[_Distinct]
+    ) -> list[PrefixRow]:
         """Return a row per item: context and baseline, then a branch per distinct response."""
         baselines = self._encoder.sides("A", [item.baseline for item in items])
         texts = iter(self._encoder.sides("B", [text for one in distinct for text in one.texts]))
         return [
-            Row(
+            PrefixRow(
                 self._encoder.context(item.prompt).ids + baseline,
                 [next(texts) + self._encoder.suffix for _ in one.texts],
             )
@@ -234,13 +233,13 @@ class RowRanker(ABC):
         ]
 
     def _rows_of_candidate_first(
-        self, items: Sequence[Candidates], distinct: Sequence[_Distinct]
-    ) -> list[Row]:
+        self, items: Sequence[PromptCandidates], distinct: Sequence[_Distinct]
+    ) -> list[PrefixRow]:
         """Return a row per item: the context, then response and baseline in every branch."""
         baselines = self._encoder.sides("B", [item.baseline for item in items])
         texts = iter(self._encoder.sides("A", [text for one in distinct for text in one.texts]))
         return [
-            Row(
+            PrefixRow(
                 self._encoder.context(item.prompt).ids,
                 [next(texts) + baseline + self._encoder.suffix for _ in one.texts],
             )
@@ -265,8 +264,8 @@ class RowRanker(ABC):
         return sum(self._encoder.context(prompt).num_cut > 0 for prompt in prompts)
 
     def _margins(
-        self, prompts: Sequence[str], rows: Sequence[Row], progress: Bar | None
-    ) -> list[Float32]:
+        self, prompts: Sequence[str], rows: Sequence[PrefixRow], progress: Bar | None
+    ) -> list[Float32s]:
         """Return the margins of the rows, checked; `prompts` [rows] names the prompt of each."""
         self._check_lengths(prompts, rows)
         found = self.margins(rows, progress)
@@ -274,7 +273,7 @@ class RowRanker(ABC):
             _check_finite(prompt, values)
         return found
 
-    def _check_lengths(self, prompts: Sequence[str], rows: Sequence[Row]) -> None:
+    def _check_lengths(self, prompts: Sequence[str], rows: Sequence[PrefixRow]) -> None:
         for prompt, row in zip(prompts, rows, strict=True):
             longest = len(row.prefix) + max(map(len, row.branches), default=0)
             if longest > self._context_length:
@@ -296,17 +295,17 @@ class WeightedRanker:
         assert len(rankers) == len(factors) > 0
         self._rankers, self._factors = rankers, factors
 
-    def compare(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
+    def compare(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32s:
         """Return logit_A - logit_B of each item as it stands, one order only: [items]."""
         return self._sum([ranker.compare(items, progress) for ranker in self._rankers])
 
-    def preference(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32:
+    def preference(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32s:
         """Return z = (z_AB - z_BA) / 2 of each item, [items]."""
         return self._sum([ranker.preference(items, progress) for ranker in self._rankers])
 
     def both_orders(
         self, items: Sequence[Comparison], progress: Bar | None = None
-    ) -> tuple[Float32, Float32]:
+    ) -> tuple[Float32s, Float32s]:
         """Return z_AB and z_BA, each logit_A - logit_B [items]: `a` first, and `b` first."""
         found = [ranker.both_orders(items, progress) for ranker in self._rankers]
         forward, backward = zip(*found, strict=True)
@@ -314,11 +313,11 @@ class WeightedRanker:
 
     def rewards_many(
         self,
-        items: Sequence[Candidates],
+        items: Sequence[PromptCandidates],
         progress: Bar | None = None,
         *,
         orders: RewardOrders = "both",
-    ) -> list[Rewards]:
+    ) -> list[PromptRewards]:
         """Return the rewards of each item's responses (eq. 7); tokens are those of all rankers."""
         found = [ranker.rewards_many(items, progress, orders=orders) for ranker in self._rankers]
         return [self._sum_rewards(of_item) for of_item in zip(*found, strict=True)]
@@ -327,12 +326,12 @@ class WeightedRanker:
         """Return how many prompts lose their end, by the ranker that cuts most of them."""
         return max(ranker.count_cut(prompts) for ranker in self._rankers)
 
-    def _sum(self, values: Sequence[Float32]) -> Float32:
+    def _sum(self, values: Sequence[Float32s]) -> Float32s:
         return weighted_sum(values, self._factors)
 
-    def _sum_rewards(self, parts: Sequence[Rewards]) -> Rewards:
+    def _sum_rewards(self, parts: Sequence[PromptRewards]) -> PromptRewards:
         backward = [part.backward for part in parts if part.backward is not None]
-        return Rewards(
+        return PromptRewards(
             self._sum([part.forward for part in parts]),
             self._sum(backward) if backward else None,
             sum(part.num_tokens for part in parts),
@@ -368,7 +367,7 @@ def load_ranker(
     return TransformersRanker(model, encoder, token_budget=token_budget)
 
 
-def _check_finite(prompt: str, values: Float32) -> None:
+def _check_finite(prompt: str, values: Float32s) -> None:
     if not np.isfinite(values).all():
         raise NonFiniteLogit(
             prompt,

@@ -8,10 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rso import models
+from rso.aliases import Float32s
 from rso.out_of_memory import BatchSize
-from rso.prefix import Row, collate, last_logits, plan_batches, split_row
+from rso.prefix import PrefixRow, collate, last_logits, plan_batches, split_row
 from rso.progress import progress as Bar
-from rso.ranking import Float32, RowRanker
+from rso.ranking import RowRanker
 from rso.templates import RankerEncoder
 
 
@@ -30,14 +31,14 @@ class TransformersRanker(RowRanker):
             advice="lower templates.max_context_tokens, or use a device with more memory",
         )
 
-    def margins(self, rows: Sequence[Row], progress: Bar | None) -> list[Float32]:
+    def margins(self, rows: Sequence[PrefixRow], progress: Bar | None) -> list[Float32s]:
         """Return logit_A - logit_B after every branch of every row, rows as given."""
         most = sum(row.num_tokens for row in rows)
         return self._token_budget.attempt(lambda budget: self._within(budget, rows, progress), most)
 
     def _within(
-        self, token_budget: int, rows: Sequence[Row], progress: Bar | None
-    ) -> list[Float32]:
+        self, token_budget: int, rows: Sequence[PrefixRow], progress: Bar | None
+    ) -> list[Float32s]:
         parts = [
             (index, part) for index, row in enumerate(rows) for part in split_row(row, token_budget)
         ]
@@ -51,12 +52,12 @@ class TransformersRanker(RowRanker):
             computed.append((chosen, sizes, logits[:, 0] - logits[:, 1]))
             if progress is not None:
                 progress.advance(batch.num_branches)
-        found: list[Float32] = [np.empty(0, np.float32)] * len(parts)
+        found: list[Float32s] = [np.empty(0, np.float32)] * len(parts)
         for chosen, sizes, margins in computed:
             of_parts = np.split(margins.cpu().numpy(), np.cumsum(sizes)[:-1])
             for number, values in zip(chosen, of_parts, strict=True):
                 found[number] = values
-        pieces: list[list[Float32]] = [[np.empty(0, np.float32)] for _ in rows]
+        pieces: list[list[Float32s]] = [[np.empty(0, np.float32)] for _ in rows]
         for (index, _), values in zip(parts, found, strict=True):
             pieces[index].append(values)
         return [np.concatenate(piece) for piece in pieces]

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rso.aliases import Float32s
 from rso.decoding import vllm_engine
-from rso.prefix import Row
+from rso.prefix import PrefixRow
 from rso.progress import progress as Bar
-from rso.ranking import Float32, RowRanker
+from rso.ranking import RowRanker
 from rso.templates import RankerEncoder
 
 
@@ -30,7 +31,7 @@ class VllmRanker(RowRanker):
         super().__init__(encoder, self._llm.llm_engine.model_config.max_model_len - 1)
         self._lock = threading.Lock()
 
-    def margins(self, rows: Sequence[Row], progress: Bar | None) -> list[Float32]:
+    def margins(self, rows: Sequence[PrefixRow], progress: Bar | None) -> list[Float32s]:
         """Return logit_A - logit_B after every branch of every row, rows as given."""
         from vllm import SamplingParams
 
@@ -46,7 +47,9 @@ class VllmRanker(RowRanker):
             return [np.empty(0, np.float32)] * len(rows)
         found: dict[int, float] = {}
         with self._lock:
-            for number, (output,) in vllm_engine.run(self._llm, prompts, parameters, self._adapter):
+            for number, (output,) in vllm_engine.run_engine(
+                self._llm, prompts, parameters, self._adapter
+            ):
                 # log-probs differ by what logits differ by: they share the normaliser
                 of = output.logprobs[0]
                 found[number] = of[a].logprob - of[b].logprob

@@ -35,7 +35,7 @@ from rso.config import Compute, Optimisation
 from rso.errors import UserError
 from rso.files import FULL
 from rso.models import save_model
-from rso.prefix import Batch, Row, collate
+from rso.prefix import Batch, PrefixRow, collate
 from rso.progress import progress
 from rso.training.adapters import is_adapted, merged_state
 from rso.training.loading import autocast, drop_nothing, on_cpu, trainable, weights_dtype
@@ -304,7 +304,7 @@ class _Watch(TrainerCallback):
         self._bar.note(**{name: logs[name] for name in shown if name in logs})
 
 
-def batch_of(rows: Sequence[Row], model: PreTrainedModel) -> Batch:
+def batch_of(rows: Sequence[PrefixRow], model: PreTrainedModel) -> Batch:
     """The rows as one batch on the device of `model`."""
     return collate(rows, device=model.device)
 

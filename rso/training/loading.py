@@ -40,7 +40,7 @@ def weights_dtype(compute: Compute) -> torch.dtype:
     return torch.bfloat16 if compute.dtype == "bfloat16" else torch.float32
 
 
-def load(
+def load_for_training(
     location: str, compute: Compute, lora: Lora | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model at `location` in evaluation mode on the training device, and its tokenizer.

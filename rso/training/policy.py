@@ -19,7 +19,7 @@ from rso.config import Compute, Templates, TrainPolicy
 from rso.errors import UserError
 from rso.evaluation import POINTS, verdict_from_logit
 from rso.losses import Side
-from rso.prefix import Row, branch_logps
+from rso.prefix import PrefixRow, branch_logps
 from rso.statistics import Interval, paired_bootstrap_difference
 from rso.templates import encode_prompt, encode_response
 from rso.training.base import (
@@ -29,14 +29,14 @@ from rso.training.base import (
     batch_of,
     last_checkpoint,
 )
-from rso.training.loading import load
-from rso.training.selection import Judged, Selection
+from rso.training.loading import load_for_training
+from rso.training.selection import CheckpointSelection, Judged
 from rso.training.sft import Demonstration, sft_trainer
-from rso.training.steps import Example, Steps, by_prompt, micro_batches, plan_steps
+from rso.training.steps import Steps, TrainingExample, group_by_prompt, micro_batches, plan_steps
 
-WHAT = "train_policy"
+_WHAT = "train_policy"
 ReferenceLogps = Mapping[tuple[str, str], float]
-Evaluate = Callable[[PreTrainedModel], Sequence[float]]
+JudgeAnswers = Callable[[PreTrainedModel], Sequence[float]]
 """Takes a policy; returns the ranker's margins of its answers over others, [prompt], nats."""
 
 
@@ -103,7 +103,7 @@ class PolicyResult:
 
 
 @dataclass(frozen=True)
-class PolicyExample(Example):
+class PolicyExample(TrainingExample):
     """Pairs of one prompt; the branches of its row are the responses.
 
     `pairs` are branch numbers (chosen, rejected), and each pair has one of `label_probabilities`.
@@ -156,7 +156,7 @@ def train_policy(
     seed: int,
     work_directory: str,
     output_directory: str,
-    evaluate: Evaluate | None = None,
+    evaluate: JudgeAnswers | None = None,
     targets: Mapping[str, str] | None = None,
     starts_as_reference: bool = True,
 ) -> PolicyResult:
@@ -181,7 +181,7 @@ def train_policy(
     """
     _check(pairs, reference_logps)
     wanted = _targets_of(pairs, targets or {}) if settings.regularisation else {}
-    model, tokenizer = load(init_directory, compute, settings.lora)
+    model, tokenizer = load_for_training(init_directory, compute, settings.lora)
     rows = _Rows(pairs, reference_logps, wanted, tokenizer, templates)
     difference = None
     if starts_as_reference and last_checkpoint(Path(work_directory)) is None:
@@ -192,7 +192,7 @@ def train_policy(
         batch_size=settings.batch_size,
         epochs=settings.epochs,
         max_steps=settings.max_steps,
-        key=(WHAT, seed),
+        key=(_WHAT, seed),
     )
     steps = Steps(plan, rows.build, weigh=len, token_budget=settings.token_budget)
     trainer = PolicyTrainer(
@@ -203,7 +203,7 @@ def train_policy(
         tokenizer=tokenizer,
         seed=seed,
         work_directory=work_directory,
-        what=WHAT,
+        what=_WHAT,
     )
     trainer.loss = settings
     selection = _selection(trainer, settings, compute, evaluate)
@@ -220,7 +220,7 @@ def train_policy_on_targets(
     seed: int,
     work_directory: str,
     output_directory: str,
-    evaluate: Evaluate | None = None,
+    evaluate: JudgeAnswers | None = None,
 ) -> PolicyResult:
     """Fine-tune the model at `init_directory` on selected responses (RAFT, ReST; section 5).
 
@@ -232,7 +232,7 @@ def train_policy_on_targets(
         TrainingDiverged: a loss or a gradient is not finite.
         ValueError: a margin of `evaluate` is NaN.
     """
-    model, tokenizer = load(init_directory, compute, settings.lora)
+    model, tokenizer = load_for_training(init_directory, compute, settings.lora)
     trainer = sft_trainer(
         model,
         tokenizer,
@@ -242,7 +242,7 @@ def train_policy_on_targets(
         templates,
         seed=seed,
         work_directory=work_directory,
-        what=WHAT,
+        what=_WHAT,
     )
     selection = _selection(trainer, settings, compute, evaluate)
     return _result(trainer.run(), selection, output_directory, None, seed)
@@ -299,9 +299,10 @@ def check_step_zero(
                     )
     if not worst <= settings.step_zero_tolerance:
         raise UserError(
-            f"{WHAT}: before the first step the policy is not the reference: {where}, {worst:.4f} a"
-            f" token, expected at most step_zero_tolerance = {settings.step_zero_tolerance}. Rerun"
-            " logps with the model that training starts from, or state the tolerance of this dtype."
+            f"{_WHAT}: before the first step the policy is not the reference: {where}, {worst:.4f}"
+            f" per token, expected at most step_zero_tolerance = {settings.step_zero_tolerance}."
+            " Rerun logps with the model that training starts from, or state the tolerance of this"
+            " dtype."
         )
     return worst
 
@@ -310,13 +311,13 @@ def _selection(
     trainer: PrefixTrainer[Any],
     settings: TrainPolicy,
     compute: Compute,
-    evaluate: Evaluate | None,
-) -> Selection:
+    evaluate: JudgeAnswers | None,
+) -> CheckpointSelection:
     def figures(model: PreTrainedModel) -> Judged:
         assert evaluate is not None
         return judged(evaluate(model))
 
-    selection = Selection(
+    selection = CheckpointSelection(
         trainer,
         compute,
         num_evaluations=settings.num_evaluations,
@@ -347,7 +348,7 @@ def judged(margins: Sequence[float]) -> Judged:
 
 def _result(
     training: TrainingResult,
-    selection: Selection,
+    selection: CheckpointSelection,
     output_directory: str,
     difference: float | None,
     seed: int,
@@ -360,7 +361,7 @@ def _result(
     return PolicyResult(training, evaluations, selected, difference, _lead(selection, seed))
 
 
-def _lead(selection: Selection, seed: int) -> Lead | None:
+def _lead(selection: CheckpointSelection, seed: int) -> Lead | None:
     if len(selection.ranking) < 2:
         return None
     best, second = (selection.values(entry["step"]) for entry in selection.ranking[:2])
@@ -388,7 +389,7 @@ class _Rows:
         }
 
     def build(self, items: Sequence[int]) -> list[PolicyExample]:
-        groups = by_prompt(items, self.prompt_ids)
+        groups = group_by_prompt(items, self.prompt_ids)
         return [self._example(prompt_id, group) for prompt_id, group in groups]
 
     def _example(self, prompt_id: str, group: Sequence[int]) -> PolicyExample:
@@ -403,7 +404,7 @@ class _Rows:
         target = [self._targets[prompt_id]] if has_target else []
         return PolicyExample(
             prompt_id=prompt_id,
-            row=Row(self._prompts[prompt_id], [*responses.values(), *target]),
+            row=PrefixRow(self._prompts[prompt_id], [*responses.values(), *target]),
             response_ids=tuple(responses),
             pairs=tuple((branch[chosen], branch[rejected]) for chosen, rejected in sides),
             reference_logps=tuple(self._reference[prompt_id, r] for r in responses),
@@ -446,14 +447,14 @@ def _labels(examples: Sequence[PolicyExample], device: torch.device) -> Tensor:
 
 def _check(pairs: Sequence[PolicyPair], reference_logps: ReferenceLogps) -> None:
     if not pairs:
-        raise UserError(f"{WHAT}: no training pairs; check the counts of reject and pair.")
+        raise UserError(f"{_WHAT}: no training pairs; check the counts of reject and pair.")
     for pair in pairs:
         sides = (
             ("chosen", pair.chosen_id, pair.chosen_token_ids),
             ("rejected", pair.rejected_id, pair.rejected_token_ids),
         )
         for side, response_id, token_ids in sides:
-            where = f"{WHAT}: pair of prompt {pair.prompt_id}, {side} response {response_id}"
+            where = f"{_WHAT}: pair of prompt {pair.prompt_id}, {side} response {response_id}"
             if not len(token_ids):
                 raise UserError(f"{where}: no tokens, expected at least one; rerun pair.")
             logp = reference_logps.get((pair.prompt_id, response_id))
@@ -469,8 +470,8 @@ def _targets_of(pairs: Sequence[PolicyPair], targets: Mapping[str, str]) -> dict
     missing = [prompt_id for prompt_id in wanted if prompt_id not in targets]
     if missing:
         raise UserError(
-            f"{WHAT}: regularisation wants the fine-tuning target of every prompt, and"
+            f"{_WHAT}: regularisation wants the fine-tuning target of every prompt, and"
             f" {len(missing)} of {len(wanted)} have none, the first being {missing[0]}; give"
-            f" demonstrations for them, or set {WHAT}.regularisation to 0."
+            f" demonstrations for them, or set {_WHAT}.regularisation to 0."
         )
     return {prompt_id: targets[prompt_id] for prompt_id in wanted}

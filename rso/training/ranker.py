@@ -13,7 +13,7 @@ from rso import seeds
 from rso.calibration import EachOrder, HeldOut, in_each_order, judge
 from rso.config import Compute, Templates, TrainRanker
 from rso.errors import UserError
-from rso.prefix import Row, last_logits
+from rso.prefix import PrefixRow, last_logits
 from rso.templates import LabelIds, RankerEncoder
 from rso.training.base import (
     PrefixTrainer,
@@ -21,9 +21,16 @@ from rso.training.base import (
     TrainingResult,
     batch_of,
 )
-from rso.training.loading import load
-from rso.training.selection import Figures, Selection
-from rso.training.steps import Example, Steps, by_prompt, choose, micro_batches, plan_steps
+from rso.training.loading import load_for_training
+from rso.training.selection import CheckpointSelection, Figures
+from rso.training.steps import (
+    Steps,
+    TrainingExample,
+    choose,
+    group_by_prompt,
+    micro_batches,
+    plan_steps,
+)
 
 
 class LabelledComparison(NamedTuple):
@@ -57,7 +64,7 @@ class RankerResult:
 
 
 @dataclass(frozen=True)
-class RankerExample(Example):
+class RankerExample(TrainingExample):
     """The comparisons of a prompt, each in one order or each in both orders.
 
     The row has the branches of the first comparison, then those of the next. A branch is one order
@@ -84,7 +91,7 @@ class RankerTrainer(PrefixTrainer[RankerExample]):
         """
         z = margins(model, examples, self.label_ids)
         weights = torch.tensor([w for e in examples for w in e.weights], device=z.device)
-        losses = LOSSES[self.settings.orders](z)
+        losses = ORDER_LOSSES[self.settings.orders](z)
         if self.settings.bias_penalty:
             losses = losses + self.settings.bias_penalty * slot_bias(z).square()
         mean = z.detach().mean(dim=1)
@@ -109,7 +116,7 @@ def mean_loss(z: Tensor) -> Tensor:
     return -functional.logsigmoid(z).mean(dim=1)
 
 
-LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+ORDER_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "margin": margin_loss,
     "mean": mean_loss,
     "flip": mean_loss,
@@ -181,7 +188,7 @@ def train_ranker(
         )
     chosen = choose([c.prompt_id for c in training], settings.max_comparisons, (what, seed))
     training = [training[i] for i in chosen]
-    model, tokenizer = load(init_directory, compute, settings.lora)
+    model, tokenizer = load_for_training(init_directory, compute, settings.lora)
     encoder = RankerEncoder(tokenizer, templates)
     rows = _Rows(encoder, training, flip=(what, seed) if settings.orders == "flip" else None)
     plan = plan_steps(
@@ -216,7 +223,7 @@ def train_ranker(
         held_out, _ = evaluate(model)
         return {"accuracy": held_out.accuracy.value, "held_out_loss": held_out.mean_loss}
 
-    selection = Selection(
+    selection = CheckpointSelection(
         trainer,
         compute,
         num_evaluations=settings.num_evaluations,
@@ -229,7 +236,7 @@ def train_ranker(
     selected = selection.write(output_directory)
     held_out, each_order = None, None
     if validation:
-        held_out, each_order = evaluate(load(output_directory, compute)[0])
+        held_out, each_order = evaluate(load_for_training(output_directory, compute)[0])
     return RankerResult(
         result,
         held_out,
@@ -266,7 +273,7 @@ class _Rows:
         return sum(context.num_cut > 0 for context in self._contexts.values())
 
     def build(self, items: Sequence[int]) -> list[RankerExample]:
-        groups = by_prompt(items, self.prompt_ids)
+        groups = group_by_prompt(items, self.prompt_ids)
         return [self._example(prompt_id, group) for prompt_id, group in groups]
 
     def _example(self, prompt_id: str, group: Sequence[int]) -> RankerExample:
@@ -277,7 +284,7 @@ class _Rows:
                 signs.append(sign)
         return RankerExample(
             prompt_id=prompt_id,
-            row=Row(self._contexts[prompt_id].ids, branches),
+            row=PrefixRow(self._contexts[prompt_id].ids, branches),
             signs=tuple(signs),
             weights=tuple(self.comparisons[item].weight for item in group),
         )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from rso.config import Compute
 from rso.training.base import PrefixTrainer
-from rso.training.loading import load
+from rso.training.loading import load_for_training
 
 Figures = Mapping[str, float]
 
@@ -28,11 +28,11 @@ class Judged(NamedTuple):
     values: Sequence[float]
 
 
-Evaluate = Callable[[PreTrainedModel], Figures | Judged]
+JudgeCheckpoint = Callable[[PreTrainedModel], Figures | Judged]
 _VALUES = "values"
 
 
-class Selection(TrainerCallback):
+class CheckpointSelection(TrainerCallback):
     """Keeps the checkpoint whose figures rank highest, and the first of those that rank equal.
 
     Training writes the model at `num_evaluations` evenly spaced steps. `evaluate` takes the written
@@ -48,7 +48,7 @@ class Selection(TrainerCallback):
         compute: Compute,
         *,
         num_evaluations: int,
-        evaluate: Evaluate | None,
+        evaluate: JudgeCheckpoint | None,
         rank: Callable[[Figures], tuple[float, ...]],
         patience: int | None = None,
     ) -> None:
@@ -109,8 +109,8 @@ class Selection(TrainerCallback):
         self._trainer.accelerator.wait_for_everyone()
         return step
 
-    def _judge(self, step: int, written: Path, evaluate: Evaluate) -> None:
-        model, _ = load(str(written), self._compute)
+    def _judge(self, step: int, written: Path, evaluate: JudgeCheckpoint) -> None:
+        model, _ = load_for_training(str(written), self._compute)
         # Decoding may draw random numbers. Training must go on as if it had drawn none.
         with torch.no_grad(), torch.random.fork_rng():
             found = evaluate(model)

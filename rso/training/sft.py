@@ -8,13 +8,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rso.config import Compute, Optimisation, Templates, TrainSft
 from rso.errors import UserError
-from rso.prefix import Row, branch_logps
+from rso.prefix import PrefixRow, branch_logps
 from rso.templates import encode_prompt, encode_response
 from rso.training.base import PrefixTrainer, Sums, TrainingResult
-from rso.training.loading import load
-from rso.training.steps import Example, Steps, by_prompt, choose, plan_steps
+from rso.training.loading import load_for_training
+from rso.training.steps import Steps, TrainingExample, choose, group_by_prompt, plan_steps
 
-WHAT = "train_sft"
+_WHAT = "train_sft"
 
 
 class Demonstration(NamedTuple):
@@ -25,10 +25,10 @@ class Demonstration(NamedTuple):
     target: str
 
 
-class SftTrainer(PrefixTrainer[Example]):
+class SftTrainer(PrefixTrainer[TrainingExample]):
     """Cross-entropy of target tokens, end of sequence included; prompt tokens add no loss."""
 
-    def sums(self, model: PreTrainedModel, examples: Sequence[Example]) -> Sums:
+    def sums(self, model: PreTrainedModel, examples: Sequence[TrainingExample]) -> Sums:
         """Negative log-probability, nats, summed over all target tokens."""
         return Sums(-torch.cat(branch_logps(model, self.collate(examples))).sum(), {})
 
@@ -55,8 +55,8 @@ def train_sft(
         TrainingDiverged: a loss or a gradient is not finite.
     """
     rows = [Demonstration(*example) for example in examples]
-    chosen = choose([r.prompt_id for r in rows], settings.max_examples, (WHAT, seed))
-    model, tokenizer = load(base_location, compute, settings.lora)
+    chosen = choose([r.prompt_id for r in rows], settings.max_examples, (_WHAT, seed))
+    model, tokenizer = load_for_training(base_location, compute, settings.lora)
     trainer = sft_trainer(
         model,
         tokenizer,
@@ -66,7 +66,7 @@ def train_sft(
         templates,
         seed=seed,
         work_directory=work_directory,
-        what=WHAT,
+        what=_WHAT,
     )
     result = trainer.run()
     trainer.write(output_directory)
@@ -98,10 +98,10 @@ def sft_trainer(
     prompts = {r.prompt_id: encode_prompt(tokenizer, templates, r.prompt) for r in rows}
     targets = [encode_response(tokenizer, templates, r.target, eos=True) for r in rows]
 
-    def build(items: Sequence[int]) -> list[Example]:
+    def build(items: Sequence[int]) -> list[TrainingExample]:
         return [
-            Example(prompt_id, Row(prompts[prompt_id], [targets[i] for i in group]))
-            for prompt_id, group in by_prompt(items, prompt_ids)
+            TrainingExample(prompt_id, PrefixRow(prompts[prompt_id], [targets[i] for i in group]))
+            for prompt_id, group in group_by_prompt(items, prompt_ids)
         ]
 
     plan = plan_steps(

@@ -14,18 +14,18 @@ from typing import Generic, TypeVar
 from torch.utils.data import Dataset
 
 from rso import seeds
-from rso.prefix import Row, plan_batches
+from rso.prefix import PrefixRow, plan_batches
 
 
 @dataclass(frozen=True)
-class Example:
+class TrainingExample:
     """One shared-prefix row; trainers add the fields that their losses need."""
 
     prompt_id: str
-    row: Row
+    row: PrefixRow
 
 
-ExampleT = TypeVar("ExampleT", bound=Example)
+ExampleT = TypeVar("ExampleT", bound=TrainingExample)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Step(Generic[ExampleT]):
         """All rows, packed to the token budget, in the order of computation."""
         return micro_batches(self.examples, self.token_budget)
 
-    def share(self, rank: int, num_processes: int) -> "Share[ExampleT]":
+    def share(self, rank: int, num_processes: int) -> "ProcessShare[ExampleT]":
         """The part of process `rank`: rows are dealt out by length, then packed.
 
         All processes get the same number of micro-batches, because they exchange weights or
@@ -54,7 +54,7 @@ class Step(Generic[ExampleT]):
             for i in range(num_processes)
         ]
         missing = max(map(len, hands)) - len(hands[rank])
-        return Share(hands[rank], [[longest[0]]] * missing)
+        return ProcessShare(hands[rank], [[longest[0]]] * missing)
 
     @property
     def num_tokens(self) -> int:
@@ -68,7 +68,7 @@ class Step(Generic[ExampleT]):
 
 
 @dataclass(frozen=True)
-class Share(Generic[ExampleT]):
+class ProcessShare(Generic[ExampleT]):
     """What one process computes of a step; only `micro_batches` count, `stand_ins` do not."""
 
     micro_batches: list[list[ExampleT]]
@@ -153,7 +153,7 @@ def choose(prompt_ids: Sequence[str], limit: int | None, key: Sequence[str | int
     return sorted(chosen)
 
 
-def by_prompt(items: Sequence[int], prompt_ids: Sequence[str]) -> list[tuple[str, list[int]]]:
+def group_by_prompt(items: Sequence[int], prompt_ids: Sequence[str]) -> list[tuple[str, list[int]]]:
     """The items in groups (prompt_id, items), in order; a group is neighbours of one prompt."""
     return [(key, list(group)) for key, group in groupby(items, key=lambda i: prompt_ids[i])]
 
