@@ -1,5 +1,6 @@
 """Imports point one way, and light modules stay light."""
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -78,3 +79,12 @@ def test_layers_can_fail(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(tmp_path), "PATH": ""},
     )
     assert done.returncode == 1 and "rso.losses" in done.stdout, done.stdout + done.stderr
+
+
+def test_no_public_name_means_two_things(tmp_path: Path) -> None:
+    names = runpy.run_path(str(ROOT / "scripts/names.py"))
+    assert names["twice"]() == {}, "rename one, or say in SHARED why they are the same"
+    for module, text in {"a": "def load(): ...\nX = 1\n", "b": "load: int = 1\n_x = 1\n"}.items():
+        (tmp_path / "rso").mkdir(exist_ok=True)
+        (tmp_path / f"rso/{module}.py").write_text(text)
+    assert names["twice"](tmp_path) == {"load": ["rso/a.py", "rso/b.py"]}
