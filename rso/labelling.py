@@ -1,33 +1,38 @@
-"""Synthetic labellers: stated functions of text that stand in for human judgement.
+"""Synthetic labellers: known functions of text that stand in for human judgement.
 
-Where no human comparisons exist, pairs are labelled by one of these, as Gao et al. (2023, "Scaling
-laws for reward model overoptimization") do with a synthetic gold reward. Its merit is that the gold
-is known exactly; its scores are "gold points" and are called synthetic wherever they are shown.
+Where there are no human comparisons, one of these functions labels the pairs, as a synthetic gold
+reward does in Gao et al. (2023, "Scaling laws for reward model overoptimization"). So the gold is
+known exactly. Its scores are "gold points", and are called synthetic wherever they are shown.
 
 `summary_quality(prompt, response)` is, in gold points from 0 to 10,
 
     10 · (0.2 + 0.8 · content) · length · grammar · variety · form · wording · opening
 
-- content: harmonic mean of *recall*, the weight of the prompt's words that the response takes up
-  over the weight of the prompt's 8 heaviest words (at most 1), and *grounding*, the share of the
-  response's content words that are in the prompt. Words are compared without common endings;
-  a word of the prompt weighs 1 + ln(count), and 1.5 times that in the first sentence.
-- The others are guards: 1 in the range that human lines keep, falling smoothly to 0.25 outside.
-  length: words, 6 to 10 (2 and 18 at the foot). grammar: share of function words, 0.20 to 0.50
-  (0.02 and 0.75), which telegraphic text has too few of and padding too many. variety: the lesser
-  of two guards, one of the share of distinct ones among content words and among pairs of
-  neighbours, 0.95 and above (0.5), one of the share of distinct words, 0.8 and above (0.55). form:
-  share of: begins with a capital letter, ends with one full stop, is one sentence on one line, has
-  no stray marks; all of them (none). wording: longest run of words copied from the prompt, 4 or
-  fewer (10).
-- opening: 1 where the first word is a content word outside GENERIC_WORDS, the words that more than
-  one in twenty of the standard library's docstrings hold, and 0.4 otherwise.
+- content is the harmonic mean of *recall* and *grounding*. Recall is the weight of the prompt's
+  content words that the response contains, divided by the weight of the prompt's 8 heaviest words,
+  at most 1. Grounding is the share of the response's content words that are in the prompt. Content
+  words are those outside FUNCTION_WORDS. Words are compared without common endings. A word of the
+  prompt weighs 1 + ln(count), and 1.5 times that if it is in the first sentence.
+- opening is 1 if the first word is a content word outside GENERIC_WORDS, and 0.4 otherwise.
+  GENERIC_WORDS are in more than one in twenty of the standard library's docstrings.
+- The other terms are guards. A guard is 1 in the range of human lines. Outside, it falls smoothly
+  to 0.25 at the values in brackets.
 
-Every term is bounded and needs the prompt and the response alone, so a ranker can learn it, and no
-term can be bought with another: more of the prompt's words beyond the heaviest gain nothing, and a
-list of them loses grammar, form and variety. Opening keeps a policy from pleasing the gold with one
-beginning for all prompts: "Return the …" and "A …" are taxed. docs/evaluation.md says what human
-lines and some bad summaries score.
+  - length: number of words, 6 to 10 (2 and 18).
+  - grammar: share of function words, 0.20 to 0.50 (0.02 and 0.75). Telegraphic text has too few of
+    them, and padding has too many.
+  - variety: the smaller of two guards. The first is on the share of distinct content words or the
+    share of distinct pairs of neighbours, whichever is smaller: 0.95 and above (0.5). The second is
+    on the share of distinct words: 0.8 and above (0.55).
+  - form: share of four properties, all (none). The response begins with a capital letter, ends with
+    exactly one full stop, is one sentence on one line, and has no stray marks.
+  - wording: longest run of words copied from the prompt, at most 4 (10).
+
+Every term is bounded and needs only the prompt and the response, so a ranker can learn it. No term
+can be bought with another: words of the prompt beyond the heaviest gain nothing, and a list of them
+loses grammar, form and variety. `opening` keeps a policy from pleasing the gold with one beginning
+for all prompts: "Return the …" and "A …" cost points. docs/evaluation.md says what human lines and
+some bad summaries score.
 """
 
 import math
@@ -57,7 +62,8 @@ FUNCTION_WORDS = frozenset(
     )
 )
 
-# Content words of more than 5 % of the prompts of configs/quickstart.yaml, whole words here.
+# Content words that are in more than 5 % of the prompts of configs/quickstart.yaml, as whole words:
+# they are compared without their endings.
 GENERIC_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -73,7 +79,10 @@ GENERIC_WORDS = frozenset(
 
 
 class Range(NamedTuple):
-    """A guard: 1 between `low` and `high`, FLOOR at `foot_low` and `foot_high` and beyond."""
+    """The range of a guard, which is 1 from `low` to `high`.
+
+    It is FLOOR at and below `foot_low`, and at and above `foot_high`.
+    """
 
     foot_low: float
     low: float
@@ -81,7 +90,7 @@ class Range(NamedTuple):
     foot_high: float
 
 
-# The parameters of `summary_quality`, all of them.
+# All parameters of `summary_quality`.
 MOST_POINTS = 10.0
 BASE_SHARE = 0.2
 FLOOR = 0.25
@@ -98,7 +107,10 @@ GENERIC_OPENING = 0.4
 
 @dataclass(frozen=True)
 class Labeller:
-    """A synthetic gold: its score of (prompt, response, human target or None) in gold points."""
+    """A synthetic gold. `score(prompt, response, human target or None)` is in gold points.
+
+    If `needs_target`, it can score only prompts with a human target.
+    """
 
     name: str
     meaning: str
@@ -122,7 +134,7 @@ def labeller(name: str) -> Labeller:
     """Return the labeller called `name`.
 
     Raises:
-        UserError: there is none; the message lists those there are.
+        UserError: there is no such labeller. The message lists all labellers.
     """
     if name not in LABELLERS:
         raise UserError(
@@ -133,21 +145,24 @@ def labeller(name: str) -> Labeller:
 
 
 def label(score_a: float, score_b: float, *, min_gap: float = 0.0) -> Literal["a", "b"] | None:
-    """Return the better side, or None for a tie: scores no more than `min_gap` apart."""
+    """Return the side with the higher score, or None for a tie.
+
+    It is a tie if the scores differ by `min_gap` or less.
+    """
     if abs(score_a - score_b) <= min_gap:
         return None
     return "a" if score_a > score_b else "b"
 
 
 def length(prompt: str, response: str, target: str | None = None) -> float:
-    """Number of words: the longer, the better. For comparison, not for use."""
+    """Number of words: a longer response is better. This is for comparison, not for use."""
     return float(len(response.split()))
 
 
 def coverage(prompt: str, response: str, target: str | None = None) -> float:
-    """Distinct content words of the prompt in the response, minus words beyond ten.
+    """Number of distinct content words of the prompt in the response, minus its words beyond ten.
 
-    Known to be over-optimised: nothing in it asks for grammar, so a policy learns to leave it out.
+    Policies over-optimise it: it does not ask for grammar, so a policy learns to leave grammar out.
     """
     content = {word for word in _words(prompt) if word not in FUNCTION_WORDS}
     num_beyond = max(0, len(response.split()) - 10)
@@ -155,7 +170,11 @@ def coverage(prompt: str, response: str, target: str | None = None) -> float:
 
 
 def chrf_to_target(prompt: str, response: str, target: str | None) -> float:
-    """Similarity to the human line, 0 to 100 (chrF, Popović 2015). The prompt plays no part."""
+    """Similarity to the human line, 0 to 100 (chrF, Popović 2015). The prompt is not used.
+
+    Raises:
+        UserError: there is no target.
+    """
     if target is None:
         raise UserError(
             "labeller 'chrf': a prompt has no human target to compare with; choose another "
@@ -165,7 +184,7 @@ def chrf_to_target(prompt: str, response: str, target: str | None) -> float:
 
 
 def summary_quality(prompt: str, response: str, target: str | None = None) -> float:
-    """Gold points in [0, 10] as the module's docstring states them; 0 without a word."""
+    """Gold points in [0, 10] as the docstring of the module defines them; 0 without any word."""
     if not _words(response):
         return 0.0
     terms = quality_terms(prompt, response)
@@ -243,7 +262,7 @@ def _word_weights(prompt: str) -> dict[str, float]:
 
 
 def _opens_particularly(words: Sequence[str]) -> bool:
-    """Return whether the first word is a content word that few prompts have."""
+    """Return whether the first word is a content word that is in few prompts."""
     return words[0] not in FUNCTION_WORDS and _stem(words[0]) not in _GENERIC_STEMS
 
 
@@ -267,7 +286,7 @@ def _distinct(items: Sequence[object]) -> float:
 
 
 def _longest_copied_run(source: Sequence[str], words: Sequence[str]) -> int:
-    """Return the length of the longest run of `words` that stands in `source` as it is."""
+    """Return the number of words in the longest run of `words` that is also a run in `source`."""
     longest = 0
     previous = [0] * (len(source) + 1)
     for word in words:
@@ -281,7 +300,7 @@ def _longest_copied_run(source: Sequence[str], words: Sequence[str]) -> int:
 
 
 def _guard(value: float, range_: Range) -> float:
-    """Return 1 inside the range and FLOOR beyond its feet, with a smooth step in between."""
+    """Return 1 inside the range, FLOOR beyond its feet, and a smooth step between them."""
     if value < range_.low:
         height = _step((value - range_.foot_low) / (range_.low - range_.foot_low))
     elif value > range_.high:

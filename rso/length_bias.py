@@ -1,11 +1,12 @@
-"""Whether a ranker likes length alone: one sentence, for the log and for the report."""
+"""A warning that a ranker prefers longer texts: one sentence, for the log and for the report."""
 
 
 def length_advice(stage: str, counters: dict[str, float]) -> str | None:
-    """What to say of a ranker with these held-out figures; None where nothing is wrong.
+    """Return a warning that a ranker with these held-out figures prefers length, or None.
 
-    It likes length when it is right where the chosen text is the longer one and wrong where it is
-    the shorter one, both more clearly than chance (95 % intervals).
+    The ranker prefers length if two things hold by their 95 % intervals: its accuracy is above one
+    half where the chosen text is the longer one, and below one half where it is the shorter one.
+    `counters` hold `HeldOut.figures`. `stage` names the ranker.
     """
     longer = counters.get("accuracy_where_chosen_is_longer_low")
     shorter = counters.get("accuracy_where_chosen_is_shorter_high")

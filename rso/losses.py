@@ -92,9 +92,9 @@ def rrhf(
 ) -> Tensor:
     """max(0, mean log-prob of rejected - mean log-prob of chosen) [pair], nats per token.
 
-    This is the ranking loss of RRHF (Yuan et al. 2023, eq. 2). Means are over the tokens of a
-    response, which `*_num_tokens` [pair] count. The loss has no margin, scale or reference policy.
-    RRHF's fine-tuning term is `regulariser`.
+    This is the ranking loss of RRHF (Yuan et al. 2023, eq. 2). Each mean is over the tokens of one
+    response. `*_num_tokens` [pair] are their numbers. The loss has no margin, no scale and no
+    reference policy. RRHF's fine-tuning term is `regulariser`.
     """
     return (
         policy_rejected_logps / rejected_num_tokens - policy_chosen_logps / chosen_num_tokens

@@ -1,9 +1,9 @@
-"""Rewards of several rankers as one (appendix A.9): a weighted mean, each standardised or not.
+"""Rewards of several rankers as one (appendix A.9): their weighted mean, standardised or not.
 
-Rejection sampling and labels use differences within a prompt alone, so standardising divides by a
-spread within prompts and subtracts nothing: rewards stay relative to the baseline (eq. 7). It is
-one spread an objective and not one a prompt, which would blow up the noise of a ranker in prompts
-whose candidates it hardly tells apart.
+Rejection sampling and labels use only differences within a prompt. So standardising divides by the
+spread within prompts and subtracts nothing: rewards stay relative to the baseline (eq. 7). There is
+one spread per objective. One spread per prompt would blow up a ranker's noise on prompts whose
+candidates the ranker hardly tells apart.
 """
 
 import math
@@ -22,22 +22,25 @@ def objectives_of(settings: Score) -> tuple[Objective, ...]:
 
 
 def coefficients(weights: Sequence[float], scales: Sequence[float]) -> list[float]:
-    """Return what each objective is multiplied with: its share of the weights over its scale."""
+    """Return the factor of each objective: its share of all weights, divided by its scale."""
     total = math.fsum(weights)
     return [weight / total / scale for weight, scale in zip(weights, scales, strict=True)]
 
 
 def weighted_sum(values: Sequence[Float32s], factors: Sequence[float]) -> Float32s:
-    """Return the sum over objectives of factor times values [n], taken in float64: [n]."""
+    """Return the sum [n] over objectives of factor times values [n], computed in float64."""
     products = [f * value.astype(np.float64) for f, value in zip(factors, values, strict=True)]
     return np.asarray(np.sum(products, axis=0), dtype=np.float32)
 
 
 def pooled_scale(name: str, variance_sum: float, num_prompts: float) -> float:
-    """Return the root of the mean variance of rewards within a prompt, nats.
+    """Return the spread of the rewards of an objective within prompts, nats; it is above 0.
+
+    This is the square root of the mean over prompts of the variance of a prompt's rewards.
+    `variance_sum` is the sum of these variances. `name` is the objective, for the error.
 
     Raises:
-        UserError: it is 0, as the objective tells no candidates apart.
+        UserError: the spread is 0, because the objective tells no candidates apart.
     """
     scale = math.sqrt(variance_sum / num_prompts) if num_prompts else 0.0
     if scale == 0:

@@ -1,15 +1,15 @@
 """The pairwise ranker: logits of "A" against "B", rewards (eq. 7) and preferences.
 
-Signs: `compare` gives logit_A - logit_B, positive when the first response is better. A reward is
-positive when the candidate is better than the baseline: logit_B - logit_A with the baseline in slot
-A, averaged with logit_A - logit_B with the candidate in slot A where both orders are asked for. All
-are fp32, in nats.
+`compare` gives logit_A - logit_B, which is positive when the response in slot A is better. A reward
+is positive when the candidate is better than the baseline. In the order with the baseline in slot A
+it is logit_B - logit_A. With both orders it is the mean of this and of logit_A - logit_B with the
+candidate in slot A. All are float32, in nats.
 
-Responses with the same `judged_text` are equal to a ranker and computed once.
+Responses with the same `judged_text` are equal to a ranker, which computes them once.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from rso import models
 from rso.aliases import Float32s
@@ -46,11 +47,12 @@ class PromptCandidates(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptRewards:
-    """The candidates of a prompt against its baseline: logit_A - logit_B [candidates] by order.
+    """The candidates of one prompt against its baseline: logit_A - logit_B [candidates] per order.
 
-    `forward` has the baseline in slot A, `backward` the candidate; it is None where only the first
-    order was asked for. `num_tokens` counts what was prefilled: shared prefixes and equal
-    candidates once. An encoder-decoder model reads the prefix again for each candidate.
+    `forward` has the baseline in slot A. `backward` has the candidate in slot A. It is None if only
+    the order with the baseline first was asked for. `num_tokens` counts the tokens of the rows. A
+    shared prefix counts once, and so do equal candidates. (An encoder-decoder model reads the
+    prefix again for each candidate.)
     """
 
     forward: Float32s
@@ -59,7 +61,7 @@ class PromptRewards:
 
     @property
     def values(self) -> Float32s:
-        """The rewards [candidates] (eq. 7), the mean over the orders that were asked for."""
+        """The rewards [candidates] (eq. 7), each the mean over the orders that were asked for."""
         if self.backward is None:
             return -self.forward
         return (self.backward - self.forward) / np.float32(2)
@@ -73,17 +75,17 @@ class Ranker(Protocol):
     """What stages need of a pairwise ranker, whatever computes it."""
 
     def compare(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32s:
-        """Return logit_A - logit_B of each item as it stands, one order only: [items]."""
+        """Return logit_A - logit_B [items] of each item in its own order only."""
         ...
 
     def preference(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32s:
-        """Return z = (z_AB - z_BA) / 2 of each item, [items]; P(`a` is better) = sigmoid(z)."""
+        """Return z = (z_AB - z_BA) / 2 [items]; P(`a` is better) = sigmoid(z)."""
         ...
 
     def both_orders(
         self, items: Sequence[Comparison], progress: Bar | None = None
     ) -> tuple[Float32s, Float32s]:
-        """Return z_AB and z_BA, each logit_A - logit_B [items]: `a` first, and `b` first."""
+        """Return logit_A - logit_B [items] twice: z_AB, `a` in slot A, and z_BA, `b` in slot A."""
         ...
 
     def rewards_many(
@@ -93,7 +95,7 @@ class Ranker(Protocol):
         *,
         orders: RewardOrders = "both",
     ) -> list[PromptRewards]:
-        """Return the rewards of each item's responses (eq. 7)."""
+        """Return the rewards of the responses of each item (eq. 7)."""
         ...
 
     def count_cut(self, prompts: Sequence[str]) -> int:
@@ -102,7 +104,10 @@ class Ranker(Protocol):
 
 
 class _Distinct(NamedTuple):
-    """Responses whose judged texts differ; `places` [responses] gives each response its text."""
+    """Responses without repeated judged texts.
+
+    `places` [responses] is the index in `texts` of each given response.
+    """
 
     texts: list[str]
     places: NDArray[np.intp]
@@ -111,24 +116,27 @@ class _Distinct(NamedTuple):
 class RowRanker(ABC):
     """A language model fine-tuned to say which slot holds the better response.
 
-    It compares in rows: what comparisons of a prompt begin with, and a branch for each. An engine
-    computes the margins of such rows.
+    It compares in rows. A row holds the shared prefix of some comparisons of one prompt, and one
+    branch per comparison. A subclass is an engine: it implements `label_logits`.
     """
 
     def __init__(self, encoder: RankerEncoder, context_length: int) -> None:
         self._encoder, self._context_length = encoder, context_length
 
     @abstractmethod
-    def margins(self, rows: Sequence[PrefixRow], progress: Bar | None) -> list[Float32s]:
-        """Return logit_A - logit_B after every branch of every row, rows as given."""
+    def label_logits(self, rows: Sequence[PrefixRow], progress: Bar | None) -> list[Float32s]:
+        """Return logit_A - logit_B after each branch: [branches] for each row, in the given order.
+
+        `progress` advances by one per branch.
+        """
 
     def compare(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32s:
-        """Return logit_A - logit_B of each item as it stands, one order only: [items].
+        """Return logit_A - logit_B [items] of each item in its own order only.
 
-        Items of one prompt share its context; equal items are computed once.
+        Items of one prompt share its context. Equal items are computed once.
 
         Raises:
-            NonFiniteLogit: a logit is NaN or infinite; the prompt is named.
+            NonFiniteLogit: a logit is NaN or infinite. The message names the prompt.
             UserError: a comparison is longer than the model's context.
         """
         keys = [(item.prompt, self._judged(item.a), self._judged(item.b)) for item in items]
@@ -147,15 +155,15 @@ class RowRanker(ABC):
             for prompt, of_prompt in distinct.items()
         ]
         found: dict[tuple[str, str, str], np.float32] = {}
-        margins = self._margins(list(distinct), rows, progress)
-        for of_prompt, values in zip(distinct.values(), margins, strict=True):
+        logits = self._checked_logits(list(distinct), rows, progress)
+        for of_prompt, values in zip(distinct.values(), logits, strict=True):
             found.update(zip(of_prompt, values, strict=True))
         return np.array([found[key] for key in keys], dtype=np.float32)
 
     def preference(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32s:
-        """Return z = (z_AB - z_BA) / 2 of each item, [items]; P(`a` is better) = sigmoid(z).
+        """Return z = (z_AB - z_BA) / 2 [items]; P(`a` is better) = sigmoid(z).
 
-        Swapping the two responses negates z exactly in exact arithmetic.
+        Exchanging the two responses negates z, up to rounding.
         """
         forward, backward = self.both_orders(items, progress)
         return (forward - backward) / np.float32(2)
@@ -163,16 +171,16 @@ class RowRanker(ABC):
     def both_orders(
         self, items: Sequence[Comparison], progress: Bar | None = None
     ) -> tuple[Float32s, Float32s]:
-        """Return z_AB and z_BA, each logit_A - logit_B [items], with `a` first and with `b` first.
+        """Return logit_A - logit_B [items] twice: z_AB, `a` in slot A, and z_BA, `b` in slot A.
 
-        `progress` counts branches, at most two an item.
+        `progress` counts branches, at most two per item.
         """
         swapped = [Comparison(item.prompt, item.b, item.a) for item in items]
-        margins = self.compare([*items, *swapped], progress)
-        return margins[: len(items)], margins[len(items) :]
+        logits = self.compare([*items, *swapped], progress)
+        return logits[: len(items)], logits[len(items) :]
 
     def rewards(self, prompt: str, baseline: str, responses: Sequence[str]) -> Float32s:
-        """Return the reward in both orders of each response against the baseline: [responses]."""
+        """Return the rewards [responses] against the baseline (eq. 7), the mean of both orders."""
         return self.rewards_many([PromptCandidates(prompt, baseline, responses)])[0].values
 
     def rewards_many(
@@ -182,14 +190,14 @@ class RowRanker(ABC):
         *,
         orders: RewardOrders = "both",
     ) -> list[PromptRewards]:
-        """Return the rewards of each item's responses (eq. 7).
+        """Return the rewards of the responses of each item (eq. 7).
 
-        With the baseline first, context and baseline are computed once for all responses; with the
-        candidate first, the context is. Equal responses are computed once. `progress` counts a
-        distinct response once an order.
+        With the baseline first, all responses share context and baseline, which are computed once.
+        With the candidate first, they share the context only. Equal responses are computed once.
+        `progress` advances by one per distinct response and order.
 
         Raises:
-            NonFiniteLogit: a logit is NaN or infinite; the prompt is named.
+            NonFiniteLogit: a logit is NaN or infinite. The message names the prompt.
             UserError: a comparison is longer than the model's context.
         """
         distinct = [self._distinct(item.responses) for item in items]
@@ -211,17 +219,17 @@ class RowRanker(ABC):
         rows: Sequence[PrefixRow],
         progress: Bar | None,
     ) -> list[tuple[Float32s, int]]:
-        """Return logit_A - logit_B [responses] and the tokens of each item's row."""
-        margins = self._margins([item.prompt for item in items], rows, progress)
+        """Return logit_A - logit_B [responses] and the number of tokens of the row, per item."""
+        logits = self._checked_logits([item.prompt for item in items], rows, progress)
         return [
             (values[one.places], row.num_tokens if row.branches else 0)
-            for row, one, values in zip(rows, distinct, margins, strict=True)
+            for row, one, values in zip(rows, distinct, logits, strict=True)
         ]
 
     def _rows_of_baseline_first(
         self, items: Sequence[PromptCandidates], distinct: Sequence[_Distinct]
     ) -> list[PrefixRow]:
-        """Return a row per item: context and baseline, then a branch per distinct response."""
+        """Return one row per item: context and baseline, then one branch per distinct response."""
         baselines = self._encoder.sides("A", [item.baseline for item in items])
         texts = iter(self._encoder.sides("B", [text for one in distinct for text in one.texts]))
         return [
@@ -235,7 +243,7 @@ class RowRanker(ABC):
     def _rows_of_candidate_first(
         self, items: Sequence[PromptCandidates], distinct: Sequence[_Distinct]
     ) -> list[PrefixRow]:
-        """Return a row per item: the context, then response and baseline in every branch."""
+        """Return one row per item: the context, then response and baseline in each branch."""
         baselines = self._encoder.sides("B", [item.baseline for item in items])
         texts = iter(self._encoder.sides("A", [text for one in distinct for text in one.texts]))
         return [
@@ -263,12 +271,12 @@ class RowRanker(ABC):
         """Return how many prompts are longer than `max_context_tokens` and lose their end."""
         return sum(self._encoder.context(prompt).num_cut > 0 for prompt in prompts)
 
-    def _margins(
+    def _checked_logits(
         self, prompts: Sequence[str], rows: Sequence[PrefixRow], progress: Bar | None
     ) -> list[Float32s]:
-        """Return the margins of the rows, checked; `prompts` [rows] names the prompt of each."""
+        """Return `label_logits` of the rows, checked; `prompts` [rows] are their prompts."""
         self._check_lengths(prompts, rows)
-        found = self.margins(rows, progress)
+        found = self.label_logits(rows, progress)
         for prompt, values in zip(prompts, found, strict=True):
             _check_finite(prompt, values)
         return found
@@ -285,10 +293,10 @@ class RowRanker(ABC):
 
 
 class WeightedRanker:
-    """Several rankers as one: each logit is the sum of theirs, each times its factor.
+    """Several rankers as one: each logit is the sum of the rankers' logits times their factors.
 
-    Logits, preferences and rewards are linear in the rankers' logits, so all of them are the same
-    weighted sum, taken in float64. A `progress` counts the branches of every ranker.
+    Preferences and rewards are linear in the logits. So they are the same weighted sum, which is
+    computed in float64. A `progress` counts the branches of every ranker.
     """
 
     def __init__(self, rankers: Sequence[Ranker], factors: Sequence[float]) -> None:
@@ -296,17 +304,17 @@ class WeightedRanker:
         self._rankers, self._factors = rankers, factors
 
     def compare(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32s:
-        """Return logit_A - logit_B of each item as it stands, one order only: [items]."""
+        """Return logit_A - logit_B [items] of each item in its own order only."""
         return self._sum([ranker.compare(items, progress) for ranker in self._rankers])
 
     def preference(self, items: Sequence[Comparison], progress: Bar | None = None) -> Float32s:
-        """Return z = (z_AB - z_BA) / 2 of each item, [items]."""
+        """Return z = (z_AB - z_BA) / 2 [items]; P(`a` is better) = sigmoid(z)."""
         return self._sum([ranker.preference(items, progress) for ranker in self._rankers])
 
     def both_orders(
         self, items: Sequence[Comparison], progress: Bar | None = None
     ) -> tuple[Float32s, Float32s]:
-        """Return z_AB and z_BA, each logit_A - logit_B [items]: `a` first, and `b` first."""
+        """Return logit_A - logit_B [items] twice: z_AB, `a` in slot A, and z_BA, `b` in slot A."""
         found = [ranker.both_orders(items, progress) for ranker in self._rankers]
         forward, backward = zip(*found, strict=True)
         return self._sum(forward), self._sum(backward)
@@ -318,12 +326,15 @@ class WeightedRanker:
         *,
         orders: RewardOrders = "both",
     ) -> list[PromptRewards]:
-        """Return the rewards of each item's responses (eq. 7); tokens are those of all rankers."""
+        """Return the rewards of the responses of each item (eq. 7).
+
+        `num_tokens` is the sum over rankers.
+        """
         found = [ranker.rewards_many(items, progress, orders=orders) for ranker in self._rankers]
         return [self._sum_rewards(of_item) for of_item in zip(*found, strict=True)]
 
     def count_cut(self, prompts: Sequence[str]) -> int:
-        """Return how many prompts lose their end, by the ranker that cuts most of them."""
+        """Return how many prompts lose their end for the ranker that cuts the most prompts."""
         return max(ranker.count_cut(prompts) for ranker in self._rankers)
 
     def _sum(self, values: Sequence[Float32s]) -> Float32s:
@@ -338,6 +349,43 @@ class WeightedRanker:
         )
 
 
+@dataclass(frozen=True)
+class RankerLoading:
+    """How a ranker is loaded. Only `transformers` uses device, attention and token budget."""
+
+    directory: str
+    dtype: torch.dtype | str
+    device: torch.device | str
+    attention: str
+    token_budget: int
+
+    def model(self) -> PreTrainedModel:
+        """Return the model as transformers loads it."""
+        return models.load_model(
+            self.directory, dtype=self.dtype, device=self.device, attention=self.attention
+        )
+
+
+def _transformers(loading: RankerLoading, encoder: RankerEncoder) -> RowRanker:
+    from rso.ranking.transformers_engine import TransformersRanker
+
+    return TransformersRanker(loading.model(), encoder, token_budget=loading.token_budget)
+
+
+def _vllm(loading: RankerLoading, encoder: RankerEncoder) -> RowRanker:
+    from rso.ranking.vllm_engine import VllmRanker
+
+    dtype = str(loading.dtype).removeprefix("torch.")
+    return VllmRanker(loading.directory, encoder, dtype=dtype)
+
+
+# The engines that `compute.ranker_engine` can name.
+RANKER_ENGINES: dict[str, Callable[[RankerLoading, RankerEncoder], RowRanker]] = {
+    "transformers": _transformers,
+    "vllm": _vllm,
+}
+
+
 def load_ranker(
     directory: str | Path,
     templates: Templates,
@@ -348,23 +396,15 @@ def load_ranker(
     attention: str = "sdpa",
     engine: str = "transformers",
 ) -> RowRanker:
-    """Return the ranker in a model directory.
-
-    Device, attention and token budget are for the transformers engine.
+    """Return the ranker in a model directory, computed by one of `RANKER_ENGINES`.
 
     Raises:
-        UserError: model or tokenizer is missing, a label is not one token of the tokenizer, or the
-            engine cannot start.
+        UserError: the model or the tokenizer is missing, `RankerEncoder` refuses templates or
+            labels, or the engine cannot start.
     """
     encoder = RankerEncoder(models.load_tokenizer(directory), templates)
-    if engine == "vllm":
-        from rso.ranking.vllm_engine import VllmRanker
-
-        return VllmRanker(str(directory), encoder, dtype=str(dtype).removeprefix("torch."))
-    from rso.ranking.transformers_engine import TransformersRanker
-
-    model = models.load_model(directory, dtype=dtype, device=device, attention=attention)
-    return TransformersRanker(model, encoder, token_budget=token_budget)
+    loading = RankerLoading(str(directory), dtype, device, attention, token_budget)
+    return RANKER_ENGINES[engine](loading, encoder)
 
 
 def _check_finite(prompt: str, values: Float32s) -> None:

@@ -1,4 +1,4 @@
-"""The ranker in this process, causal or T5: shared-prefix rows, two logits a comparison."""
+"""The ranker in this process, causal or T5: shared-prefix rows, two logits per comparison."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,11 @@ from rso.templates import RankerEncoder
 
 
 class TransformersRanker(RowRanker):
-    """A `Ranker` over a model that is loaded; a row's prefix is computed once for its branches."""
+    """A `Ranker` over a loaded model.
+
+    A causal model computes the prefix of a row once for all its branches. A row that is longer than
+    `token_budget` is split, and each part computes the prefix again.
+    """
 
     def __init__(
         self, model: PreTrainedModel, encoder: RankerEncoder, *, token_budget: int = 4096
@@ -31,8 +35,11 @@ class TransformersRanker(RowRanker):
             advice="lower templates.max_context_tokens, or use a device with more memory",
         )
 
-    def margins(self, rows: Sequence[PrefixRow], progress: Bar | None) -> list[Float32s]:
-        """Return logit_A - logit_B after every branch of every row, rows as given."""
+    def label_logits(self, rows: Sequence[PrefixRow], progress: Bar | None) -> list[Float32s]:
+        """Return logit_A - logit_B after each branch: [branches] for each row, in the given order.
+
+        `progress` advances by one per branch.
+        """
         most = sum(row.num_tokens for row in rows)
         return self._token_budget.attempt(lambda budget: self._within(budget, rows, progress), most)
 
@@ -48,13 +55,13 @@ class TransformersRanker(RowRanker):
             with torch.inference_mode():
                 logits = last_logits(self._model, batch, self._encoder.labels)
             sizes = [len(spans) for spans in batch.layout.branches]
-            # left on the GPU, which computes while the next batch is prepared
+            # The result stays on the GPU, which computes while the next batch is prepared.
             computed.append((chosen, sizes, logits[:, 0] - logits[:, 1]))
             if progress is not None:
                 progress.advance(batch.num_branches)
         found: list[Float32s] = [np.empty(0, np.float32)] * len(parts)
-        for chosen, sizes, margins in computed:
-            of_parts = np.split(margins.cpu().numpy(), np.cumsum(sizes)[:-1])
+        for chosen, sizes, differences in computed:
+            of_parts = np.split(differences.cpu().numpy(), np.cumsum(sizes)[:-1])
             for number, values in zip(chosen, of_parts, strict=True):
                 found[number] = values
         pieces: list[list[Float32s]] = [[np.empty(0, np.float32)] for _ in rows]

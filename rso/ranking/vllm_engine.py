@@ -1,7 +1,9 @@
-"""The ranker in vLLM, decoder-only: a prompt of one token to draw, of which two logits are read.
+"""The ranker in vLLM, for decoder-only models.
 
-Prefix caching computes context and baseline once. The projection runs in float32, since the
-difference of two bfloat16 logits would be a multiple of 0.06 or more.
+Each comparison is a prompt of vLLM, after which it draws one token. The ranker reads the
+log-probabilities of the two labels there. Prefix caching computes context and baseline once. The
+output projection runs in float32: in bfloat16 the difference of two logits would be a multiple of
+0.06 or more.
 """
 
 import threading
@@ -18,7 +20,11 @@ from rso.templates import RankerEncoder
 
 
 class VllmRanker(RowRanker):
-    """A `Ranker` over `vllm.LLM`; raises `UserError` if vLLM cannot start with the model."""
+    """A `Ranker` over `vllm.LLM`.
+
+    Raises:
+        UserError: vLLM cannot start with the model.
+    """
 
     def __init__(self, directory: str, encoder: RankerEncoder, *, dtype: str) -> None:
         self._llm, self._adapter = vllm_engine.start(
@@ -27,12 +33,15 @@ class VllmRanker(RowRanker):
             setting="compute.ranker_engine",
             hf_overrides={"head_dtype": "float32"},
         )
-        # one token is drawn, which takes a place too
+        # The drawn token takes one place of the context.
         super().__init__(encoder, self._llm.llm_engine.model_config.max_model_len - 1)
         self._lock = threading.Lock()
 
-    def margins(self, rows: Sequence[PrefixRow], progress: Bar | None) -> list[Float32s]:
-        """Return logit_A - logit_B after every branch of every row, rows as given."""
+    def label_logits(self, rows: Sequence[PrefixRow], progress: Bar | None) -> list[Float32s]:
+        """Return logit_A - logit_B after each branch: [branches] for each row, in the given order.
+
+        `progress` advances by one per branch.
+        """
         from vllm import SamplingParams
 
         parameters = SamplingParams(
@@ -50,7 +59,7 @@ class VllmRanker(RowRanker):
             for number, (output,) in vllm_engine.run_engine(
                 self._llm, prompts, parameters, self._adapter
             ):
-                # log-probs differ by what logits differ by: they share the normaliser
+                # Log-probs share their normaliser, so they differ by as much as the logits.
                 of = output.logprobs[0]
                 found[number] = of[a].logprob - of[b].logprob
                 if progress is not None:
