@@ -74,3 +74,16 @@ def test_rejection_page_has_what_its_script_measures() -> None:
     for table in (script["by_beta"](), script["by_duplicates"](), script["by_size"](found)):
         assert "\n".join(table) in page
     assert script["FIGURE"].read_text(encoding="utf-8") == script["figure"](found)
+
+
+def test_places_that_the_architecture_page_names_exist() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = page.partition("## Where to look")[2].partition("\n## ")[0]
+    places = re.findall(r"^\| [^|]+\? \| `([^`]+)` \| `(\w+)` \|$", table, re.MULTILINE)
+    assert len(places) == 10
+    for path, name in places:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(def|class) {name}\b|^{name}\b.* = ", source, re.MULTILINE), (
+            path,
+            name,
+        )
