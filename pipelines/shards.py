@@ -23,6 +23,7 @@ from pipelines.workers import Workers
 from rso.aliases import Counters
 from rso.config import Beam
 from rso.errors import PromptError, UserError
+from rso.files import write_json
 from rso.parquet import read_shard, write_shard
 
 
@@ -96,7 +97,7 @@ class _MapShard(beam.DoFn):
             shard = self._map(index)
         except UserError as error:
             # Not raised here, because Beam would log stack traces. `run_and_sum` raises it.
-            _write_json(_failure_file(self._plan, index), str(error))
+            write_json(_failure_file(self._plan, index), str(error))
             return
         finish_shard(self._plan, index, shard)
         yield index
@@ -181,7 +182,7 @@ def finish_shard(plan: Plan, index: int, shard: Shard) -> None:
     """Write the tables of a shard and then its counters file, which marks the shard as done."""
     for name, dataset in plan.outputs.items():
         write_shard(dataset.directory, dataset.schema, index, plan.num_shards, shard.tables[name])
-    _write_json(_counters_file(plan, index), shard.counters)
+    write_json(_counters_file(plan, index), shard.counters)
     for name, count in shard.counters.items():
         if isinstance(count, int):
             Metrics.counter(plan.label, name).inc(count)
@@ -215,13 +216,6 @@ def _failures(plan: Plan) -> list[str]:
     """Return the messages of the shards that raised `UserError`, in the order of the shards."""
     files = [_failure_file(plan, index) for index in range(plan.num_shards)]
     return [_read_json(file) for file in files if os.path.exists(file)]
-
-
-def _write_json(path: str, value: Any) -> None:
-    temporary = f"{path}.tmp-{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file)
-    os.replace(temporary, path)
 
 
 def _read_json(path: str) -> Any:

@@ -16,9 +16,9 @@ from functools import cached_property
 import pyarrow as pa
 
 from rso import parquet
-from rso.content_digest import file_sha256
 from rso.errors import UserError
 from rso.files import MANIFEST, Files, StoreError, sync_directory, writing
+from rso.fingerprint import file_sha256
 from rso.fingerprint import fingerprint as fingerprint_of
 from rso.lock import (
     Lease,

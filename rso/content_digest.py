@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rso.fingerprint import canonical_json, fingerprint
+from rso.fingerprint import canonical_json, file_sha256, fingerprint
 
 _FORMAT = 1
 
@@ -50,12 +50,6 @@ def files_digest(directory: str) -> str:
             relative = os.path.relpath(path, directory).replace(os.sep, "/")
             found[relative] = file_sha256(path)
     return fingerprint({"kind": "files", "format": _FORMAT, "files": found})
-
-
-def file_sha256(path: str) -> str:
-    """Return the SHA-256 of a local file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _columns(table: pa.Table) -> list[tuple[str, pa.DataType]]:

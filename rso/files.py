@@ -3,10 +3,12 @@
 import errno
 import hashlib
 import inspect
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -214,6 +216,11 @@ def write_durably(path: str, data: Any) -> None:
     """Write a local file completely or not at all: temporary file, flush to disk, rename."""
     with replaced(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as a local JSON file, completely or not at all."""
+    write_durably(str(path), json.dumps(value).encode())
 
 
 @contextmanager

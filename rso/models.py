@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rso import adapters
 from rso.errors import UserError, first_sentence
+from rso.fingerprint import canonical_json, file_sha256
 from rso.gpus import device_of_worker
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def resolve_model(source: str | ModelSource) -> ResolvedModel:
         # In the hub cache the directory of a snapshot has the commit as its name.
         identity = {"commit": location.name}
     elif location.is_file():
-        identity = {"sha256": _file_digest(location)}
+        identity = {"sha256": file_sha256(location)}
     else:
         identity = {"sha256": _directory_digest(location)}
     if base_of(location) is not None:
@@ -404,10 +405,10 @@ def model_digest(directory: str | Path) -> str:
         if path.suffix == ".json" and not path.name.endswith(".index.json"):
             digest.update(_canonical([path.name, _stable(json.loads(path.read_bytes()))]))
         elif path.suffix in (".jinja", ".model", ".txt"):
-            digest.update(_canonical([path.name, _file_digest(path)]))
+            digest.update(_canonical([path.name, file_sha256(path)]))
     base = base_of(directory)
     if base is not None:
-        of_base = _file_digest(Path(base)) if Path(base).is_file() else model_digest(base)
+        of_base = file_sha256(Path(base)) if Path(base).is_file() else model_digest(base)
         digest.update(_canonical(["base", of_base]))
     return digest.hexdigest()
 
@@ -614,12 +615,7 @@ def _stable(value: Any) -> Any:
 
 
 def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return canonical_json(value).encode() + b"\n"
 
 
 def _directory_digest(directory: Path) -> str:
@@ -630,7 +626,7 @@ def _directory_digest(directory: Path) -> str:
         # This file says where the base is, and a place is not part of the identity.
         [path.name, _stable(json.loads(path.read_bytes()))]
         if path.name == adapters.CONFIG
-        else [path.name, _file_digest(path)]
+        else [path.name, file_sha256(path)]
         for path in files
     ]
     return hashlib.sha256(_canonical(entries)).hexdigest()

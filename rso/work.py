@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from rso import parquet
 from rso.code_digest import CodeDigest
-from rso.content_digest import dataset_digest, file_sha256, files_digest, table_digest
+from rso.content_digest import dataset_digest, files_digest, table_digest
 from rso.files import (
     MANIFEST,
     Files,
@@ -23,6 +23,7 @@ from rso.files import (
     write_durably,
     writing,
 )
+from rso.fingerprint import file_sha256
 from rso.manifest import FileEntry, Manifest
 from schemas import SCHEMAS
 

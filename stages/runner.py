@@ -1,6 +1,5 @@
 """Compute a stage's fingerprint, then find its artifact or run it. Every stage starts here."""
 
-import hashlib
 import importlib
 import importlib.metadata
 import logging
@@ -19,7 +18,7 @@ from rso.artifact import Artifact, Store, digest_directory
 from rso.code_digest import CodeDigest, code_digest
 from rso.config import REFERENCE, TRAINED, Config, identity, view
 from rso.errors import UserError
-from rso.fingerprint import fingerprint
+from rso.fingerprint import file_sha256, fingerprint
 from rso.models import resolve_model
 from rso.objectives import objectives_of
 from rso.work import Work
@@ -352,8 +351,7 @@ def _short(value: Any) -> str:
 
 def _file_digest(path: str) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise UserError(
             f"prepare.sources: {os.path.abspath(path)} cannot be read ({error.strerror}); give the "

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -14,6 +13,7 @@ from rso.config import REFERENCE
 from rso.decoding import Request, Sampling
 from rso.decoding.transformers_engine import TransformersDecoder
 from rso.errors import UserError
+from rso.files import write_json
 from rso.losses import CROSS_ENTROPY
 from rso.models import load_tokenizer
 from rso.progress import is_first_process
@@ -169,9 +169,7 @@ class _Contest:
         path = Path(self._context.work.scratch) / "reference.json"
         if not path.exists():
             figures = judged(self._margins_of(self._reference_answers)).figures
-            aside = path.with_suffix(".partial")
-            aside.write_text(json.dumps(figures["mean_probability"]), encoding="utf-8")
-            os.replace(aside, path)
+            write_json(path, figures["mean_probability"])
         probability = float(json.loads(path.read_text(encoding="utf-8")))
         if is_first_process() and not LOWEST <= probability <= HIGHEST:
             logger.warning(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from rso.config import Compute
+from rso.files import write_json
 from rso.training.base import PrefixTrainer
 from rso.training.loading import load_for_training
 
@@ -141,10 +141,7 @@ class CheckpointSelection(TrainerCallback):
         return found
 
     def _write(self) -> None:
-        path = self._directory / "evaluations.json"
-        aside = path.with_suffix(".partial")
-        aside.write_text(json.dumps(self._entries), encoding="utf-8")
-        os.replace(aside, path)
+        write_json(self._directory / "evaluations.json", self._entries)
 
 
 def evaluation_steps(num_steps: int, num_evaluations: int) -> set[int]:
