@@ -97,8 +97,8 @@ def _check(config: Config) -> None:
     """
     if config.compute.num_processes > 1 or config.beam.num_workers > 1:
         sys.exit("ladder: set compute.num_processes and beam.num_workers to 1")
-    if config.score.objectives:
-        sys.exit("ladder: score.objectives names rankers; expected the trained one alone")
+    if config.objectives.rankers:
+        sys.exit("ladder: objectives.rankers names rankers; expected the trained one alone")
 
 
 def figures(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:

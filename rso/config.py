@@ -384,42 +384,45 @@ class Objective(Section):
     )
 
 
-RewardOrders = Literal["both", "baseline-first"]
+class Objectives(Section):
+    """The rankers whose weighted mean is the ranker of the run (appendix A.9)."""
 
-
-class Score(Section):
-    """Rewards of candidates against a baseline."""
-
-    objectives: tuple[Objective, ...] = Field(
-        (),
-        description="Rankers whose weighted mean is the ranker of the run; empty for the trained "
-        "one alone.",
+    rankers: tuple[Objective, ...] = Field(
+        (), description="The rankers that are combined; empty for the trained one alone."
     )
     standardise: bool = Field(
         False,
         description="Divide each objective by the spread of its rewards within prompts first; "
         "`reject.beta` is then in such units.",
     )
+
+    @model_validator(mode="after")
+    def _rankers_are_distinct(self) -> "Objectives":
+        names = [objective.name for objective in self.rankers]
+        trained = [o.name for o in self.rankers if o.ranker == TRAINED]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"rankers: names are {', '.join(names)}; expected each once: rename one"
+            )
+        if len(trained) > 1:
+            raise ValueError(
+                f"rankers: {' and '.join(trained)} are all the ranker of train_ranker; expected "
+                "one at most: give the others a ranker, the path of a model"
+            )
+        return self
+
+
+RewardOrders = Literal["both", "baseline-first"]
+
+
+class Score(Section):
+    """Rewards of candidates against a baseline."""
+
     orders: RewardOrders = Field(
         "both",
         description="both: a reward is the mean of both orders, so the positional bias cancels. "
         "baseline-first: only with the baseline in slot A, fewer than half the tokens.",
     )
-
-    @model_validator(mode="after")
-    def _objectives_are_distinct(self) -> "Score":
-        names = [objective.name for objective in self.objectives]
-        trained = [o.name for o in self.objectives if o.ranker == TRAINED]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"objectives: names are {', '.join(names)}; expected each once: rename one"
-            )
-        if len(trained) > 1:
-            raise ValueError(
-                f"objectives: {' and '.join(trained)} are all the ranker of train_ranker; expected "
-                "one at most: give the others a ranker, the path of a model"
-            )
-        return self
 
 
 class Reject(Section):
@@ -648,6 +651,9 @@ class Config(Section):
         default_factory=TrainGoldRanker, description="Gold ranker; null judges without one."
     )
     decode: Decode = Field(default_factory=Decode, description="Candidates.")
+    objectives: Objectives = Field(
+        default_factory=Objectives, description="Rankers that are combined."
+    )
     score: Score = Field(default_factory=Score, description="Rewards.")
     reject: Reject = Field(default_factory=Reject, description="Algorithm 1.")
     pair: Pair = Field(default_factory=Pair, description="Pairs.")

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from rso.aliases import Float32s
-from rso.config import Objective, Score
+from rso.config import Objective, Objectives
 from rso.errors import UserError
 
 
-def objectives_of(settings: Score) -> tuple[Objective, ...]:
+def objectives_of(settings: Objectives) -> tuple[Objective, ...]:
     """Return the objectives in the settings, or the trained ranker as the only one."""
-    return settings.objectives or (Objective(name="ranker"),)
+    return settings.rankers or (Objective(name="ranker"),)
 
 
 def coefficients(weights: Sequence[float], scales: Sequence[float]) -> list[float]:
@@ -45,8 +45,8 @@ def pooled_scale(name: str, variance_sum: float, num_prompts: float) -> float:
     scale = math.sqrt(variance_sum / num_prompts) if num_prompts else 0.0
     if scale == 0:
         raise UserError(
-            f"score.standardise: objective {name!r} gives all candidates of a prompt the same "
+            f"objectives.standardise: objective {name!r} gives all candidates of a prompt the same "
             f"reward, in each of {num_prompts:.0f} prompts, so it has no spread to divide by; "
-            "remove it from score.objectives, or look at its ranker."
+            "remove it from objectives.rankers, or look at its ranker."
         )
     return scale

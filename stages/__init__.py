@@ -57,7 +57,7 @@ class StageRow:
 
 
 def is_synthetic(config: Config) -> bool:
-    """Return whether a function of the text compares responses, and not people."""
+    """Return whether a synthetic labeller compares the responses. Otherwise people do."""
     return config.comparisons.labeller is not None
 
 
@@ -131,7 +131,7 @@ TABLE = (
         "score",
         reads=FROM_PROMPTS | FROM_COMPARISONS | FROM_CANDIDATES | {"ranker": "train_ranker/ranker"},
         writes=("rewards", "objectives", "checks"),
-        sees=(*COMPUTE, "score"),
+        sees=(*COMPUTE, "objectives", "score"),
         externals=("objectives",),
         when=lambda config: not is_direct(config),
     ),
@@ -153,7 +153,7 @@ TABLE = (
         "pair",
         reads=FROM_PROMPTS | {"accepted": "reject/accepted"} | FROM_CANDIDATES | FROM_RANKER,
         writes=("pairs",),
-        sees=(*COMPUTE, "score", "pair"),
+        sees=(*COMPUTE, "objectives", "pair"),
         externals=("objectives",),
         when=lambda config: not is_direct(config) and not learns_from_targets(config),
     ),
@@ -178,7 +178,7 @@ TABLE = (
         | FROM_RANKER
         | {"pairs": "pair/pairs", "logps": "logps/logps"},
         writes=("policy",),
-        sees=(*COMPUTE, "score", "train_policy"),
+        sees=(*COMPUTE, "objectives", "train_policy"),
         externals=("objectives", "init"),
         when=lambda config: not learns_from_targets(config),
     ),
@@ -189,7 +189,7 @@ TABLE = (
         | FROM_RANKER
         | {"demonstrations": "targets/demonstrations"},
         writes=("policy",),
-        sees=(*COMPUTE, "score", "train_policy"),
+        sees=(*COMPUTE, "objectives", "train_policy"),
         externals=("objectives", "init"),
         when=learns_from_targets,
     ),
@@ -200,7 +200,7 @@ TABLE = (
         | FROM_RANKER
         | {"policy": "train_policy/policy", "gold_ranker": "train_gold_ranker/ranker"},
         writes=("generations", "judgements", "metrics"),
-        sees=(*COMPUTE, "score", "comparisons", "evaluate"),
+        sees=(*COMPUTE, "objectives", "comparisons", "evaluate"),
         externals=("objectives",),
     ),
     # It reads every output of the run.
@@ -256,10 +256,10 @@ def check_recipe(config: Config) -> None:
             "pair.source: direct there are none; set targets.method to none, or pair.source to "
             "rso-sample-rank or sft-sample-rank."
         )
-    if is_direct(config) and config.score.objectives:
+    if is_direct(config) and config.objectives.rankers:
         raise UserError(
-            "score.objectives names rankers, and with pair.source: direct nothing is scored and "
-            "none would be used; remove score.objectives, or set pair.source to rso-sample-rank "
+            "objectives.rankers names rankers, and with pair.source: direct nothing is scored and "
+            "none would be used; remove objectives.rankers, or set pair.source to rso-sample-rank "
             "or sft-sample-rank."
         )
 

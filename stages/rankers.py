@@ -18,7 +18,7 @@ def objective_rankers(context: Context) -> dict[str, RankerSource]:
             config.compute,
             config.templates,
         )
-        for objective in objectives_of(config.score)
+        for objective in objectives_of(config.objectives)
     }
 
 

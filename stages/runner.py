@@ -173,7 +173,7 @@ class Graph:
         if name == "objectives":
             return {
                 objective.name: resolve_model(objective.ranker).identity
-                for objective in objectives_of(self.config.score)
+                for objective in objectives_of(self.config.objectives)
                 if objective.ranker != TRAINED
             }
         settings = getattr(self.config, stage.name)

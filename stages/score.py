@@ -38,11 +38,11 @@ def run(context: Context) -> Outcome:
     """Score every candidate by each objective, combine the rewards, and check the ranker.
 
     Raises:
-        UserError: `score.standardise` is set, and an objective gives all candidates of a prompt the
+        UserError: `objectives.standardise` is set, and an objective gives all candidates of a prompt the
             same reward, for every prompt.
     """
     config = context.config
-    objectives = objectives_of(config.score)
+    objectives = objectives_of(config.objectives)
     rankers = objective_rankers(context)
     flipped = _flipped(context)
     scales = dict.fromkeys(rankers, 1.0)
@@ -50,7 +50,7 @@ def run(context: Context) -> Outcome:
         name: ScoreShard(ranker, flipped, config.seed, config.score.orders, config.templates)
         for name, ranker in rankers.items()
     }
-    if len(rankers) == 1 and not config.score.standardise:
+    if len(rankers) == 1 and not config.objectives.standardise:
         (shard,) = shards.values()
         counters = context.map("score", shard, inputs=INPUTS, outputs=_OUTPUTS)
     else:
@@ -64,7 +64,7 @@ def run(context: Context) -> Outcome:
             )
             for name, shard in shards.items()
         }
-        if config.score.standardise:
+        if config.objectives.standardise:
             scales = {
                 name: pooled_scale(name, counters["reward_variance_sum"], counters["prompts"])
                 for name, counters in found.items()

@@ -81,7 +81,7 @@ def _score(config: Config, lengths: Lengths) -> Tokens:
     prompts, marked = _decoded_prompts(config, lengths), lengths.response + MARK_TOKENS
     passes = 3 if config.score.orders == "both" else 1
     each = lengths.prompt + marked * (1 + passes * config.decode.num_samples)
-    return Tokens(prefilled=len(objectives_of(config.score)) * prompts * each)
+    return Tokens(prefilled=len(objectives_of(config.objectives)) * prompts * each)
 
 
 def _pair(config: Config, lengths: Lengths) -> Tokens:

@@ -138,7 +138,7 @@ def test_tokens_of_score_grow_with_rankers_and_orders() -> None:
     both = tokens("score", config(decode=decode, score={"orders": "both"}), LENGTHS)
     assert both.prefilled == one.prefilled + 8 * (10 + MARK_TOKENS)
     two = [{"name": "a"}, {"name": "b", "ranker": "/other"}]
-    assert tokens("score", config(decode=decode, score={"objectives": two}), LENGTHS) == Tokens(
+    assert tokens("score", config(decode=decode, objectives={"rankers": two}), LENGTHS) == Tokens(
         prefilled=2 * both.prefilled
     )
 

@@ -21,8 +21,8 @@ Row = dict[str, Any]
 
 def objectives(*entries: str, standardise: bool = False) -> list[str]:
     """Overrides of the config, as one would type them."""
-    changes = [f"score.objectives=[{', '.join(f'{{{entry}}}' for entry in entries)}]"]
-    return [*changes, "score.standardise=true"] if standardise else changes
+    changes = [f"objectives.rankers=[{', '.join(f'{{{entry}}}' for entry in entries)}]"]
+    return [*changes, "objectives.standardise=true"] if standardise else changes
 
 
 def load(directory: str) -> RowRanker:
@@ -165,18 +165,20 @@ def test_objectives_are_known_by_their_content_and_not_their_path(
     [
         ([{"name": "a"}, {"name": "a", "ranker": "x"}], "names are a, a; expected each once"),
         ([{"name": "a"}, {"name": "b"}], "a and b are all the ranker of train_ranker"),
-        ([{"name": "a", "weight": 0}], "score.objectives.0.weight"),
-        ([{"name": "a", "weight": float("inf")}], "score.objectives.0.weight"),
-        ([{"name": "A b"}], "score.objectives.0.name"),
+        ([{"name": "a", "weight": 0}], "objectives.rankers.0.weight"),
+        ([{"name": "a", "weight": float("inf")}], "objectives.rankers.0.weight"),
+        ([{"name": "A b"}], "objectives.rankers.0.name"),
     ],
 )
 def test_config_refuses_objectives(score: list[Row], sentence: str) -> None:
-    data = {"model": "m", "prepare": {"sources": []}, "score": {"objectives": score}}
+    data = {"model": "m", "prepare": {"sources": []}, "objectives": {"rankers": score}}
     with pytest.raises(UserError) as refusal:
         parse_config(data, where="here.yaml")
     assert sentence in str(refusal.value)
 
 
 def test_objectives_with_direct_pairs_are_refused(finished: system.Run) -> None:
-    with pytest.raises(UserError, match=r"score.objectives .* pair.source: direct nothing is sco"):
+    with pytest.raises(
+        UserError, match=r"objectives.rankers .* pair.source: direct nothing is sco"
+    ):
         finished.graph(*objectives("name: own"), "pair.source=direct")
