@@ -1,8 +1,9 @@
-"""How far a ranker can be believed: how often it is right, how sure it is, and which slot it likes.
+"""How reliable a ranker is: how often it is right, how sure it is, and which slot it prefers.
 
-A margin is z = (z_AB - z_BA) / 2, nats, of the chosen over the rejected response: the logit_A -
-logit_B of both orders, each in the direction of the chosen one, averaged. The ranker believes its
-own preference with probability sigmoid(|z|).
+The margin of a comparison is z = (z_AB - z_BA) / 2, nats. z_AB is logit_A - logit_B with the chosen
+response in slot A, and z_BA is logit_A - logit_B with the chosen response in slot B. So z is
+positive when the ranker prefers the chosen response. It gives its own preference the probability
+sigmoid(|z|).
 """
 
 from bisect import bisect_left
@@ -15,7 +16,7 @@ import numpy as np
 from rso.aliases import Floats
 from rso.statistics import Interval, Values, bootstrap_mean, wilson
 
-# Fewer than so many comparisons tell nothing of a bin.
+# With fewer comparisons than this, a bin tells nothing.
 _LEAST_IN_A_BIN = 12
 _MOST_VERDICTS_FLIPPED = 1 / 3
 _MOST_BINS_OF_MARGIN, _MOST_BINS_OF_LENGTH = 10, 4
@@ -25,8 +26,8 @@ _MOST_BINS_OF_MARGIN, _MOST_BINS_OF_LENGTH = 10, 4
 class Bin:
     """Accuracy on the comparisons whose value lies in [low, high].
 
-    `probability` is what the ranker gave its own preference, on average: where it exceeds the
-    accuracy the ranker is too sure.
+    `probability` is the mean probability that the ranker gave its own preferences. The ranker is
+    too sure where it is larger than the accuracy.
     """
 
     low: float
@@ -50,19 +51,21 @@ class Bin:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A ranker on held-out comparisons; a margin of exactly zero counts one half.
+    """A ranker on held-out comparisons. A margin of exactly zero counts as half a hit.
 
-    `longer` is the accuracy of preferring the text with more characters. `chosen_longer` and
+    `longer` is the accuracy of always preferring the text with more characters. `chosen_longer` and
     `chosen_shorter` are the ranker's accuracy where the chosen text is the longer or the shorter
-    one; a ranker that only likes length has nearly 1 and 0 there.
+    one. A ranker that looks only at length has nearly 1 and nearly 0 there. They are None where
+    there is no such comparison.
 
-    `believed` is the mean probability that the ranker gives its own preferences. The expected
-    calibration error is the mean over comparisons of |accuracy - believed| of their bin (Naeini
-    et al. 2015); `calibration_error_by_chance` is about what a ranker with these beliefs would
-    have if they were true, as bins are finite.
+    `mean_loss` is the mean of -log sigmoid(margin), nats. `believed` is the mean probability that
+    the ranker gives its own preferences. `calibration_error` is the expected calibration error: the
+    mean over comparisons of |accuracy - believed| of the comparison's bin (Naeini et al. 2015). In
+    finite bins it is above 0 even for true beliefs. `calibration_error_by_chance` is about its
+    value if these beliefs were true.
 
-    `by_margin` and `by_length` are in bins: by the ranker's own |margin|, nats, which is the
-    reliability curve, and by how many characters the chosen text has more than the rejected one.
+    `by_margin` has bins of the ranker's own |margin|, nats. This is the reliability curve.
+    `by_length` has bins of how many more characters the chosen text has than the rejected one.
     """
 
     accuracy: Interval
@@ -78,7 +81,7 @@ class HeldOut:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Everything but the bins as counters of a manifest; what is None is left out."""
+        """All fields but the bins, as counters of a manifest. Fields that are None are left out."""
         intervals = {
             "accuracy": self.accuracy,
             "accuracy_of_longer": self.longer,
@@ -96,9 +99,10 @@ class HeldOut:
 
 
 def judge(margins: Values, excess: Sequence[int]) -> HeldOut:
-    """Accuracy and calibration of `margins` [comparison] of chosen over rejected, at least one.
+    """Accuracy and calibration for `margins` [comparison], nats, positive for the chosen response.
 
-    `excess` [comparison] is how many characters the chosen text has more than the rejected one.
+    `excess` [comparison] is how many more characters the chosen text has than the rejected one.
+    There must be at least one comparison.
     """
     z = np.asarray(margins, dtype=np.float64)
     hits = _hits(z)
@@ -121,11 +125,12 @@ def judge(margins: Values, excess: Sequence[int]) -> HeldOut:
 
 @dataclass(frozen=True)
 class PositionalBias:
-    """What the slot alone is worth to a ranker, over pairs that it compared in both orders.
+    """How much a ranker prefers a slot, over pairs that it compared in both orders.
 
-    `mean` is that of (z_AB + z_BA) / 2, nats, positive when slot A is favoured, with a bootstrap
-    interval; `spread` is its standard deviation over pairs. `flips` is the share of pairs in
-    which the same slot wins in both orders, so that the order decides the verdict.
+    The bias of a pair is (z_AB + z_BA) / 2, nats, positive when slot A is favoured. `mean` is the
+    mean bias with its bootstrap interval, and `spread` the standard deviation of the bias over
+    pairs. `flips` is the share of pairs in which the same slot wins in both orders, so that the
+    order decides the verdict. Its interval is Wilson's.
     """
 
     mean: Interval
@@ -134,7 +139,7 @@ class PositionalBias:
 
     @property
     def figures(self) -> dict[str, float]:
-        """The same as counters of a manifest."""
+        """All fields as counters of a manifest."""
         return {
             "positional_bias_spread": self.spread,
             **_with_edges({"positional_bias": self.mean, "verdicts_flipped": self.flips}),
@@ -143,11 +148,11 @@ class PositionalBias:
 
 @dataclass(frozen=True)
 class EachOrder:
-    """A ranker on held-out comparisons in each order alone, and what the slot is worth to it.
+    """A ranker on held-out comparisons in each order separately, and its positional bias.
 
     `chosen_first` and `chosen_second` are its accuracy with the chosen response in slot A and in
-    slot B; a logit of exactly zero counts one half. `bias` is the mean of (z_AB + z_BA) / 2, nats,
-    positive when slot A is favoured; `spread` is its standard deviation over comparisons.
+    slot B. A logit of exactly zero counts as half a hit. `bias` is the mean of (z_AB + z_BA) / 2,
+    nats, positive when slot A is favoured. `spread` is the standard deviation over comparisons.
     """
 
     chosen_first: Interval
@@ -157,7 +162,7 @@ class EachOrder:
 
     @property
     def figures(self) -> dict[str, float]:
-        """The same as counters of a manifest."""
+        """All fields as counters of a manifest."""
         return {
             "positional_bias": self.bias,
             "positional_bias_spread": self.spread,
@@ -171,9 +176,10 @@ class EachOrder:
 
 
 def in_each_order(forward: Values, backward: Values) -> EachOrder:
-    """Accuracy in each order, from z_AB and z_BA [comparison], at least one.
+    """Accuracy in each order, and positional bias, from logit_A - logit_B [comparison], nats.
 
-    Each is logit_A - logit_B: `forward` with the chosen response in slot A, `backward` in slot B.
+    `forward` has the chosen response in slot A, and `backward` has it in slot B. There must be at
+    least one comparison.
     """
     z_ab, z_ba = (np.asarray(z, dtype=np.float64) for z in (forward, backward))
     bias = (z_ab + z_ba) / 2
@@ -186,9 +192,10 @@ def in_each_order(forward: Values, backward: Values) -> EachOrder:
 
 
 def positional_bias(forward: Values, backward: Values, *, seed: int) -> PositionalBias:
-    """What the slot is worth, from z_AB and z_BA [pair], each logit_A - logit_B, at least one.
+    """Positional bias from `forward` = z_AB and `backward` = z_BA [pair], logit_A - logit_B, nats.
 
-    Pairs are to be of different prompts, the unit of the intervals. `seed` keys the bootstrap.
+    There must be at least one pair. Take pairs of different prompts, because the prompt is the unit
+    of the intervals. `seed` keys the bootstrap.
     """
     z_ab, z_ba = (np.asarray(z, dtype=np.float64) for z in (forward, backward))
     bias = (z_ab + z_ba) / 2
@@ -200,11 +207,11 @@ def positional_bias(forward: Values, backward: Values, *, seed: int) -> Position
 
 
 def bias_advice(counters: Mapping[str, float], orders: str) -> str | None:
-    """What to say of a ranker with these counters of `score`; None where nothing is wrong.
+    """Return a warning that the slot decides too much, from the counters of `score`, or None.
 
-    Something is wrong when the positional bias varies more from pair to pair than rewards do
-    within a prompt, or when the order decides more than a third of the verdicts. `orders` is
-    `score.orders`, which the advice names where it would help.
+    The slot decides too much in two cases: the positional bias varies more over pairs than rewards
+    vary within a prompt, or the order decides more than a third of the verdicts. `orders` is
+    `score.orders`. The warning names this setting if another value would help.
     """
     spread, flips = counters.get("positional_bias_spread"), counters.get("verdicts_flipped")
     if spread is None or flips is None:
@@ -225,7 +232,10 @@ def bias_advice(counters: Mapping[str, float], orders: str) -> str | None:
 
 
 def _bins(values: Sequence[float], hits: Floats, sure: Floats, most_bins: int) -> tuple[Bin, ...]:
-    """Every comparison in one bin; below, at and above zero apart, equal values together."""
+    """Return bins that hold every comparison once.
+
+    No bin mixes values below, at and above zero. Equal values share a bin.
+    """
     bins = []
     for sign in (-1, 0, 1):
         order = sorted(
@@ -233,7 +243,7 @@ def _bins(values: Sequence[float], hits: Floats, sure: Floats, most_bins: int) -
         )
         num_bins = max(1, min(most_bins, len(order) // _LEAST_IN_A_BIN))
         sorted_values = [values[i] for i in order]
-        # A bin begins where a new value does.
+        # A bin begins at the first of equal values, so that no value is in two bins.
         starts = {
             bisect_left(sorted_values, sorted_values[len(order) * k // num_bins])
             for k in range(num_bins)
@@ -258,9 +268,10 @@ def _calibration_error(bins: Sequence[Bin]) -> float:
 
 
 def _calibration_error_by_chance(bins: Sequence[Bin], sure: Floats) -> float:
-    """The mean |deviation| of each bin's number of hits, normal, were the beliefs true.
+    """Return about the mean calibration error if the beliefs `sure` were true.
 
-    `sure` [comparison] is sorted, as the bins are.
+    The number of hits in a bin is taken as normal. Its mean |deviation| is then sqrt(2 / pi) times
+    its standard deviation. `sure` [comparison] is sorted, as the bins are.
     """
     ends = np.cumsum([b.accuracy.n for b in bins])
     variances = [float((part * (1 - part)).sum()) for part in np.split(sure, ends[:-1])]

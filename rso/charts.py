@@ -1,4 +1,4 @@
-"""Small plots as inline SVG; colours come from the page's style, so they follow light and dark."""
+"""Small plots as inline SVG. Their colours come from the page's style, light or dark."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,10 @@ FOREST_WIDTH, FOREST_HEIGHT, FOREST_MARGIN = 300.0, 24.0, 12.0
 
 
 def forest(value: float, low: float, high: float) -> Markup:
-    """Return one row of a forest plot: a share with its interval on 0 to 100 %, and 50 % marked."""
+    """Return one row of a forest plot: a share and its interval, from 0 to 100 %, with a 50 % line.
+
+    Value and interval are shares in [0, 1].
+    """
     x, left, right = (_forest_x(share) for share in (value, low, high))
     verdict = "above" if low > 0.5 else "below" if high < 0.5 else "open"
     middle = FOREST_HEIGHT / 2
@@ -36,7 +39,7 @@ def forest(value: float, low: float, high: float) -> Markup:
 
 
 def forest_axis() -> Markup:
-    """Return the axis that stands over the rows of a forest plot."""
+    """Return the axis above the rows of a forest plot, in %."""
     ticks = "".join(
         f'<text x="{_forest_x(s / 100):.1f}" y="13" text-anchor="middle">{s}</text>'
         for s in (0, 25, 50, 75, 100)
@@ -47,7 +50,10 @@ def forest_axis() -> Markup:
 
 
 def line(points: Sequence[tuple[float, float]], name: str) -> Markup:
-    """Return a line plot of (step, value) points; steps and values have their ends marked."""
+    """Return a line plot of at least one (step, value) point.
+
+    Labels show the first and the last step, and the ends and the middle of the value axis.
+    """
     steps, values = [p[0] for p in points], [p[1] for p in points]
     low, high = _padded(min(values), max(values))
     xs = [_x(s, min(steps), max(steps)) for s in steps]
@@ -63,7 +69,10 @@ def line(points: Sequence[tuple[float, float]], name: str) -> Markup:
 
 
 def histogram(edges: Sequence[float], candidates: Sequence[int], accepted: Sequence[int]) -> Markup:
-    """Return two histograms over the same bins, each as shares of its own total."""
+    """Return two histograms over the same bins [bins], each as shares of its own total.
+
+    `edges` is [bins + 1].
+    """
     totals = max(1, sum(candidates)), max(1, sum(accepted))
     shares = [
         [c / total for c in counts]
@@ -92,10 +101,11 @@ def reliability(
     accuracy: Sequence[tuple[float, float, float]],
     counts: Sequence[int],
 ) -> Markup:
-    """Return a reliability curve: a point a bin, believed probability against observed accuracy.
+    """Return a reliability curve: one point per bin, observed accuracy over believed probability.
 
-    `accuracy` is (value, low, high) of each bin. A point's area goes with the bin's count, and its
-    number can be read by pointing at it. The dashed diagonal is a ranker as sure as it is right.
+    `believed` [bins] is in [0.5, 1]. `accuracy` [bins] is (value, low, high). A point is larger for
+    a larger count, and pointing at it shows its figures. On the dashed diagonal a ranker is exactly
+    as sure as it is right.
     """
     left, right = 0.5, max(0.6, math.ceil(10 * max(believed)) / 10)
     content = Markup('<line class="half" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(

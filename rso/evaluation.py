@@ -1,9 +1,10 @@
-"""From evaluation decodes to verdicts, and from verdicts to figures with intervals.
+"""From decoded responses to verdicts, and from verdicts to figures with intervals.
 
-Rows go in and come out as lists of dicts in the shape of `generations`, `judgements` and `metrics`
-(`pyarrow.Table.to_pylist` and `from_pylist`). The unit of every interval is the prompt.
+Rows go in and come out as lists of dicts, one dict per row of `generations`, `judgements` or
+`metrics` (`pyarrow.Table.to_pylist` and `from_pylist`). The unit of every interval is the prompt.
 
-Greedy and sampled responses are judged and measured apart. Ancestral ones serve the KL alone.
+Greedy and sampled responses are judged and measured separately. Ancestral responses serve only the
+KL divergence.
 """
 
 import math
@@ -34,14 +35,14 @@ ANSWERED = (GREEDY, SAMPLED)
 
 
 class Contest(NamedTuple):
-    """Two systems whose responses are compared, and how these were decoded."""
+    """Two systems whose responses are compared, and how the responses were decoded."""
 
     system: str
     opponent: str
     sampling: str = GREEDY
 
 
-# Of sampled responses only the main contest, since judges cost more than all decoding.
+# Sampled responses are judged in the main contest only: judges cost more than all decoding.
 CONTESTS = (
     Contest(POLICY, REFERENCE),
     Contest(POLICY, REFERENCE, SAMPLED),
@@ -51,7 +52,7 @@ CONTESTS = (
 
 
 class Judge(NamedTuple):
-    """What is written of a judge: in tables, in sentences, and as the explanation below a table."""
+    """How a judge is shown: its `heading` in tables, its `name` in sentences, and what it means."""
 
     heading: str
     name: str
@@ -81,7 +82,7 @@ JUDGES: Mapping[str, Judge] = {
         "prefers the response with more words and looks at nothing else",
     ),
 }
-# Judges whose verdict is the conclusion: the first of them that judged.
+# The conclusion is the verdict of the first of these judges that judged.
 DECIDING = ("gold", "gold_ranker", "ranker")
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 EVEN = 0.5
@@ -128,10 +129,10 @@ class Match(NamedTuple):
 
 
 def verdict_from_logit(z: float) -> str:
-    """Return win, tie or loss for logit z of P(the system is better); a tie is exactly 0.
+    """Return win, tie or loss for z, the logit of P(the system is better). Only z = 0 is a tie.
 
     Raises:
-        ValueError: z is NaN, which would count as a loss unnoticed.
+        ValueError: z is NaN, which would silently count as a loss.
     """
     if math.isnan(z):
         raise ValueError("verdict_from_logit: the judge's logit is NaN; look at the judge's model")
@@ -141,13 +142,13 @@ def verdict_from_logit(z: float) -> str:
 
 
 def matches(generations: Rows, prompts: Rows) -> list[Match]:
-    """Return the matches to judge, those of `CONTESTS`, in which the human line is a system too.
+    """Return the matches to judge: one per contest of `CONTESTS` and prompt, in this order.
 
-    Ordered by contest, then prompt_id. A prompt without a target has no match against the human,
-    and without sampled responses there is no contest of them.
+    Prompts are in the order of prompt_id. The human line is a system too, and a prompt without a
+    target has no match against it. Without sampled responses their contest has no match.
 
     Raises:
-        ValueError: a system has no response to a prompt that another one has.
+        ValueError: only one of policy and reference has a response to a prompt.
     """
     prompt_of = {row["prompt_id"]: row for row in prompts}
     texts_of = {sampling: _responses(generations, prompts, sampling) for sampling in ANSWERED}
@@ -177,9 +178,13 @@ def matches(generations: Rows, prompts: Rows) -> list[Match]:
 
 
 def judge_by_logits(judge: str, played: Sequence[Match], logits: Iterable[float]) -> list[Row]:
-    """Return judgements of a ranker whose logits (nats, both orders averaged) favour the system.
+    """Return one judgement of a ranker per match.
 
-    Equal texts are a tie whatever the logit, which both orders make 0 but for rounding.
+    `logits` [match] are means of both orders, in nats, positive where the ranker prefers the
+    system. Equal texts are a tie whatever the logit is: both orders make it 0 up to rounding.
+
+    Raises:
+        ValueError: a logit is NaN, or the judge is not in `JUDGES`.
     """
     rows = []
     for match, logit in zip(played, logits, strict=True):
@@ -189,7 +194,10 @@ def judge_by_logits(judge: str, played: Sequence[Match], logits: Iterable[float]
 
 
 def judge_by_gold(labeller: Labeller, played: Sequence[Match]) -> list[Row]:
-    """Return judgements of the known synthetic gold; a gold that knows the target skips humans."""
+    """Return judgements of the known synthetic gold.
+
+    A gold that needs the target skips matches against the human line and prompts without a target.
+    """
     rows = []
     for match in played:
         if labeller.needs_target and (match.opponent == HUMAN or match.target is None):
@@ -202,7 +210,7 @@ def judge_by_gold(labeller: Labeller, played: Sequence[Match]) -> list[Row]:
 
 
 def judge_by_length(played: Sequence[Match]) -> list[Row]:
-    """Return judgements that look at length alone: the response of more words wins."""
+    """Return judgements by length alone: the response with more words wins."""
     return [
         _decision("length", match, _num_words(match.response) - _num_words(match.opponent_response))
         for match in played
@@ -217,7 +225,13 @@ def metrics(
     seed: int,
     labeller: Labeller | None = None,
 ) -> list[Row]:
-    """Return all figures as rows of `metrics`; what has no data behind it is left out."""
+    """Return all figures as rows of `metrics`. Figures without data are left out.
+
+    `seed` keys the bootstraps and the pairs of `mean_similarity`. `labeller` adds its score.
+
+    Raises:
+        ValueError: see `kl_divergence`.
+    """
     rows = _win_rates(judgements) + _agreements(judgements) + _truncation(generations)
     for sampling in ANSWERED:
         texts = _responses(generations, prompts, sampling)
@@ -229,10 +243,13 @@ def metrics(
 
 
 def kl_divergence(generations: Rows, *, seed: int) -> list[Row]:
-    """Return the row of KL(policy || reference) in nats a response, or none without samples.
+    """Return the row of KL(policy || reference) in nats per response, or no row without samples.
 
-    The mean over the policy's ancestral samples of log π_θ(y|x) - log π_sft(y|x), which is unbiased
-    and can be below 0 by chance; samples of a prompt are averaged first.
+    It is the mean of log π_θ(y|x) - log π_sft(y|x) over the policy's ancestral samples. The samples
+    of one prompt are averaged first. This estimate is unbiased, and can be below 0 by chance.
+
+    Raises:
+        ValueError: a sample has no log-prob under the policy or under the reference.
     """
     gaps: dict[str, list[float]] = defaultdict(list)
     for row in generations:
@@ -261,7 +278,7 @@ def find(
 ) -> Row | None:
     """Return the row of a figure, or None.
 
-    `sampling` is empty for figures of the human lines alone, and `ancestral` for the KL.
+    For figures of the human lines alone `sampling` is empty. For the KL it is `ancestral`.
     """
     wanted = {
         "metric": metric,
@@ -274,20 +291,21 @@ def find(
 
 
 def conclusion(rows: Rows) -> str:
-    """Return in some sentences what the figures say: `warnings_of` first, then `gains`."""
+    """Return what the figures say, as one text: `warnings_of` first, then `gains`."""
     return " ".join([*warnings_of(rows), *gains(rows)])
 
 
 def warnings_of(rows: Rows) -> list[str]:
-    """Return a sentence for each way of decoding in which the policy's answers are not its own.
+    """Return the warnings about the policy's answers, for each way of decoding.
 
-    Either they have collapsed, or each of them is the reference's. They have collapsed when one of
-    these holds:
+    A warning says that the answers have collapsed, or that every answer equals the reference's.
+    Answers have collapsed if one of these holds:
 
-    - More than half of them begin with one word (or one opening of three words), and the reference
-      has its own most common one significantly less often: the two Wilson intervals do not overlap.
-    - They have at most half as many different first words as the reference's answers, which have
-      at least 20; of fewer, half can be lost by chance.
+    - More than half of them have the same first word (or the same first three words), and the most
+      common first word (or three words) of the reference is significantly rarer: the two Wilson
+      intervals do not overlap.
+    - They have at most half as many different first words as the reference's answers, and those
+      have at least 20. With fewer than 20, half can be missing by chance.
     """
     return [
         sentence
@@ -298,11 +316,10 @@ def warnings_of(rows: Rows) -> list[str]:
 
 
 def gains(rows: Rows) -> list[str]:
-    """Return whether the policy beats the reference, and at which price.
+    """Return whether the policy beats the reference, and what else changed.
 
-    There is a text for greedy answers, and one for sampled answers where there are any.
-
-    The judge is the first of `DECIDING` that judged.
+    There is one text for greedy answers, and one for sampled answers if there are any. The judge is
+    the first of `DECIDING` that judged.
     """
     for judge in DECIDING:
         found = {
@@ -362,14 +379,15 @@ def _both(
 
 
 def words_of(row: Mapping[str, Any]) -> str:
-    """Return the words that a figure counts, as they are shown."""
+    """Return the words that a figure counts, in the form in which they are shown."""
     return f"`{row['text']}`" if row["text"] else "no word"
 
 
 def _of_ten(share: float, other: float) -> tuple[str, str]:
-    """Return two shares, the first one the larger, as "9 of 10", or of 100 where that hides much.
+    """Return two shares as "9 of 10" or "93 of 100"; `share` must be the larger one.
 
-    It would where both are as many of 10, or where the larger one is nearly all.
+    It is "of 100" if both shares round to the same number of 10, or the larger one rounds to 10 of
+    10. A share of exactly 1 is "All".
     """
     tens, others = round(10 * share), round(10 * other)
     if tens < 10 and tens != others:
@@ -398,7 +416,10 @@ def _gain(row: Mapping[str, Any], judge: str) -> str:
 
 
 def _price(rows: Rows, sampling: str) -> str:
-    """Return what moved, beyond its interval, in directions that no judge was asked about."""
+    """Return a sentence on overlap with the human line and on length, if they clearly changed.
+
+    A change is clear if its interval excludes 0.
+    """
     names = {"rouge_l": "ROUGE-L with the human line", "mean_words": "length in words"}
     moved = []
     for metric, name in names.items():
@@ -411,7 +432,10 @@ def _price(rows: Rows, sampling: str) -> str:
 
 
 def _responses(generations: Rows, prompts: Rows, sampling: str) -> dict[str, dict[str, str]]:
-    """Return system -> prompt_id -> response, with the human lines of the same prompts."""
+    """Return system -> prompt_id -> response, with the human lines of the same prompts.
+
+    Of several responses of a system to a prompt it is the one with the lowest `sample_index`.
+    """
     texts: dict[str, dict[str, str]] = {POLICY: {}, REFERENCE: {}}
     decoded = [row for row in generations if row["sampling"] == sampling]
     for row in sorted(decoded, key=lambda row: (row["prompt_id"], row["sample_index"])):
@@ -420,7 +444,7 @@ def _responses(generations: Rows, prompts: Rows, sampling: str) -> dict[str, dic
 
 
 def _human_lines(generations: Rows, prompts: Rows) -> dict[str, str]:
-    """Return prompt_id -> human line of the prompts that were answered."""
+    """Return prompt_id -> human line, for the prompts that were answered."""
     answered = {row["prompt_id"] for row in generations}
     return {
         row["prompt_id"]: row["target"]
@@ -436,7 +460,7 @@ def _figures_of_texts(
     seed: int,
     labeller: Labeller | None,
 ) -> list[Row]:
-    """Return all figures of system -> prompt_id -> response, and policy minus reference."""
+    """Return all figures of `texts` (system -> prompt_id -> response), and policy - reference."""
     prompt_of = {row["prompt_id"]: row for row in prompts}
     per_prompt = {
         system: _text_figures(answers, prompt_of, labeller, is_human=system == HUMAN)
@@ -490,7 +514,7 @@ def _text_figures(
     *,
     is_human: bool,
 ) -> dict[str, dict[str, float]]:
-    """Return metric -> prompt_id -> value; the human line is not compared with itself."""
+    """Return metric -> prompt_id -> value. The human line is not compared with itself."""
     figures: dict[str, dict[str, float]] = defaultdict(dict)
     for prompt_id, response in answers.items():
         prompt, target = prompt_of[prompt_id]["prompt"], prompt_of[prompt_id]["target"]
@@ -521,7 +545,10 @@ def _win_rates(judgements: Rows) -> list[Row]:
 
 
 def _agreements(judgements: Rows) -> list[Row]:
-    """Return how often each judge sides with the gold where the gold decided, ties one half."""
+    """Return how often each judge agrees with the gold, where the gold's verdict is not a tie.
+
+    A tie of the judge counts one half.
+    """
     gold = {
         (row["prompt_id"], _contest(row)): row["verdict"]
         for row in judgements
@@ -553,7 +580,7 @@ def _truncation(generations: Rows) -> list[Row]:
 def _differences(
     per_prompt: Mapping[str, Mapping[str, Mapping[str, float]]], seed: int
 ) -> list[Row]:
-    """Return the policy's figures minus the reference's, prompt by prompt."""
+    """Return the means over prompts of the policy's figures minus the reference's."""
     rows = []
     for metric in PAIRED:
         ours = per_prompt.get(POLICY, {}).get(metric, {})

@@ -1,8 +1,7 @@
 """Preference pairs as files for other trainers: TRL, OpenRLHF and LLaMA-Factory.
 
-The text that a trainer makes of a row is the text that our own policy training tokenises:
-docs/export.md says what each trainer adds, as read in TRL 1.16, OpenRLHF 0.11 and
-LLaMA-Factory 0.9.5.
+A trainer makes of a row the same text that our own policy training tokenises. docs/export.md says
+what each trainer adds, according to the code of TRL 1.16, OpenRLHF 0.11 and LLaMA-Factory 0.9.5.
 """
 
 import json
@@ -32,16 +31,16 @@ BATCH_ROWS = 4096
 
 
 class SpecialTexts(NamedTuple):
-    """What our tokenising path puts around a plain prompt and its response, as text."""
+    """The special tokens that our tokenisation puts around a plain prompt and response, as text."""
 
     bos: str
-    """Before the prompt; empty where the tokenizer puts nothing there."""
+    """Before the prompt; empty where the tokenizer adds none."""
     eos: str
     """After the response."""
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """What `export_pairs` wrote."""
 
     rows: int
     path: Path
@@ -65,14 +64,16 @@ def export_pairs(
     split: str | None = None,
     force: bool = False,
 ) -> Exported:
-    """Write the `pairs` of an artifact to `out`, of one `split` or all, in the format `name`.
+    """Write the `pairs` of an artifact to `out` in the format `name`; return what was written.
 
-    The file is whole or not there, in the order of the artifact; one shard is in memory at a time.
-    `tokenizer` is called where the format needs the texts of special tokens.
+    `split` limits the pairs to one split. They keep the order of the artifact. The file appears
+    only when it is complete. One shard is in memory at a time. `tokenizer` is called only if the
+    format needs the texts of special tokens. `force` replaces an existing file and its description.
 
     Raises:
-        UserError: format, suffix or split is unknown, a file is in the way and not `force`, there
-            are no rows, or `out` cannot be written.
+        UserError: the format, suffix or split is unknown, `out` is a folder, a file or another
+            description exists and `force` is not set, there are no rows, or a file cannot be
+            written.
     """
     out = Path(os.path.abspath(out))
     if name not in FORMATS:
@@ -93,7 +94,7 @@ def export_pairs(
         if described is None:
             return Exported(rows, out, None)
         with replaced(str(out.parent / DATASET_INFO)) as temporary:
-            # ASCII alone: LLaMA-Factory opens it in the encoding of the locale.
+            # ASCII only: LLaMA-Factory opens the file in the encoding of the locale.
             Path(temporary).write_text(json.dumps(described, indent=2) + "\n", encoding="ascii")
     except OSError as error:
         raise UserError(
@@ -106,7 +107,7 @@ def export_pairs(
 def trl_row(pair: Row, templates: Templates, special: SpecialTexts) -> Row:
     """Return the pair as TRL's preference type, with an explicit prompt.
 
-    `special` is not used: TRL puts the special tokens around plain text itself.
+    `special` is not used: TRL itself puts the special tokens around plain text.
     """
     if templates.prompt == "chat":
         return _messages(pair, templates)
@@ -114,10 +115,10 @@ def trl_row(pair: Row, templates: Templates, special: SpecialTexts) -> Row:
 
 
 def openrlhf_row(pair: Row, templates: Templates, special: SpecialTexts) -> Row:
-    """Return the pair for OpenRLHF with `prompt_key` prompt.
+    """Return the pair for OpenRLHF, whose `prompt_key` must be `prompt`.
 
-    Plain text holds its special tokens: OpenRLHF adds none before it, and would add a space with
-    the one after it.
+    Plain text holds its special tokens. OpenRLHF adds none before the text. After the text it would
+    add a space together with the token.
     """
     if templates.prompt == "chat":
         return _messages(pair, templates)
@@ -143,7 +144,7 @@ def llama_factory_row(pair: Row, templates: Templates, special: SpecialTexts) ->
 
 @dataclass(frozen=True)
 class Format:
-    """How a trainer wants its rows."""
+    """The format of a trainer's rows."""
 
     row: Callable[[Row, Templates, SpecialTexts], Row]
     writes_special: bool
@@ -159,7 +160,10 @@ FORMATS = {
 
 
 def special_texts(tokenizer: "PreTrainedTokenizerBase", templates: Templates) -> SpecialTexts:
-    """Return what the tokenising path puts around the text of a plain template."""
+    """Return the special tokens that our tokenisation puts around the text of a plain template.
+
+    `bos` is empty if the template itself begins with it.
+    """
     from rso.templates import encode_prompt
 
     begins = encode_prompt(tokenizer, templates, "x")[:1] == [tokenizer.bos_token_id]
@@ -188,7 +192,7 @@ def _plain(pair: Row, templates: Templates, special: SpecialTexts) -> Row:
 
 
 def _response(pair: Row, side: str, templates: Templates) -> str:
-    # A decoded response begins with the prefix already: the policy was taught to write it.
+    # A decoded response already begins with the prefix, which the policy learnt to write.
     prefix = templates.response_prefix if pair["origin"] == "direct" else ""
     return f"{prefix}{pair[side]}"
 
@@ -251,7 +255,7 @@ def _write_parquet(path: str, batches: Iterator[list[Row]]) -> int:
 
 
 def _dataset_entry(out: Path, *, is_chat: bool) -> Row:
-    """Return what LLaMA-Factory has to know of the file."""
+    """Return the description of the file for LLaMA-Factory."""
     prompt = {"messages": "conversations"} if is_chat else {"prompt": "instruction"}
     return {
         "file_name": out.name,
@@ -262,7 +266,12 @@ def _dataset_entry(out: Path, *, is_chat: bool) -> Row:
 
 
 def _described(out: Path, entry: Row, force: bool) -> Row:
-    """Return the descriptions beside `out` with `entry` among them, under the name of the file."""
+    """Return the descriptions in the folder of `out`, with `entry` under the file's stem.
+
+    Raises:
+        UserError: the descriptions cannot be read, or they describe another dataset of this name
+            and `force` is not set.
+    """
     path = out.parent / DATASET_INFO
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ known exactly. Its scores are "gold points", and are called synthetic wherever t
   words are those outside FUNCTION_WORDS. Words are compared without common endings. A word of the
   prompt weighs 1 + ln(count), and 1.5 times that if it is in the first sentence.
 - opening is 1 if the first word is a content word outside GENERIC_WORDS, and 0.4 otherwise.
-  GENERIC_WORDS are in more than one in twenty of the standard library's docstrings.
+  Each generic word is in more than one in twenty of the standard library's docstrings.
 - The other terms are guards. A guard is 1 in the range of human lines. Outside, it falls smoothly
   to 0.25 at the values in brackets.
 
@@ -22,8 +22,8 @@ known exactly. Its scores are "gold points", and are called synthetic wherever t
   - grammar: share of function words, 0.20 to 0.50 (0.02 and 0.75). Telegraphic text has too few of
     them, and padding has too many.
   - variety: the smaller of two guards. The first is on the share of distinct content words or the
-    share of distinct pairs of neighbours, whichever is smaller: 0.95 and above (0.5). The second is
-    on the share of distinct words: 0.8 and above (0.55).
+    share of distinct pairs of neighbouring words, whichever is smaller: 0.95 and above (0.5). The
+    second is on the share of distinct words: 0.8 and above (0.55).
   - form: share of four properties, all (none). The response begins with a capital letter, ends with
     exactly one full stop, is one sentence on one line, and has no stray marks.
   - wording: longest run of words copied from the prompt, at most 4 (10).
@@ -160,7 +160,7 @@ def length(prompt: str, response: str, target: str | None = None) -> float:
 
 
 def coverage(prompt: str, response: str, target: str | None = None) -> float:
-    """Number of distinct content words of the prompt in the response, minus its words beyond ten.
+    """Distinct content words of the prompt in the response, minus response words beyond ten.
 
     Policies over-optimise it: it does not ask for grammar, so a policy learns to leave grammar out.
     """

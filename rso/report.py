@@ -1,6 +1,6 @@
-"""The report one reads: a self-contained HTML page, and the same figures for a terminal.
+"""The report of a run: a self-contained HTML page, and tables of its figures for a terminal.
 
-Everything shown is handed in as `ReportData`; the page has no script and no outside reference.
+Everything that the page shows is in `ReportData`. The page has no script and loads nothing.
 """
 
 import json
@@ -42,9 +42,10 @@ KL_NAME = "KL from SFT, nats a response"
 
 
 class TextFigure(NamedTuple):
-    """A row of the table of answers: the metric, its heading and the digits it is shown with.
+    """A row of the table of answers: a metric, and how it is shown.
 
-    `opponent` is the system with which the figure compares.
+    The value is multiplied by `scale` and shown with `digits` decimals. `opponent` is the system
+    with which the metric compares, if any.
     """
 
     metric: str
@@ -55,7 +56,7 @@ class TextFigure(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A figure as it is shown, and the words that it counts, if any."""
+    """A figure as shown, and the words that it counts, if any."""
 
     value: str
     words: str = ""
@@ -80,7 +81,7 @@ TEXT_FIGURES = (
 
 @dataclass(frozen=True)
 class StageSummary:
-    """What a stage cost and counted. `rows` is output to number of rows."""
+    """What a stage cost and counted. `rows` maps each output to its number of rows."""
 
     name: str
     seconds: float
@@ -93,7 +94,10 @@ class StageSummary:
 
 @dataclass(frozen=True)
 class HeldOutRanker:
-    """A ranker on held-out comparisons, in bins of its margin and of the difference in length."""
+    """A ranker on held-out comparisons, in bins of its margin and of the difference in length.
+
+    `advice` comes from `length_advice`.
+    """
 
     stage: str
     by_margin: Sequence[Row]
@@ -103,10 +107,10 @@ class HeldOutRanker:
 
 @dataclass(frozen=True)
 class ScoringRanker:
-    """How far the ranker that scored can be believed: counters of `score` and its bins of margin.
+    """How reliable the ranker of `score` is: the counters of the stage, and bins of the margin.
 
-    Without held-out comparisons there are no bins, without flipped pairs no bias in the counters.
-    `advice` warns where the slot of a response decides too much.
+    Without held-out comparisons there are no bins. Without pairs in both orders the counters hold
+    no positional bias. `advice` comes from `bias_advice`.
     """
 
     counters: Mapping[str, float]
@@ -125,10 +129,11 @@ class ShownCurve:
 
 @dataclass(frozen=True)
 class Rejection:
-    """What algorithm 1 did to the candidates at `beta`, and what it would do at others.
+    """What algorithm 1 did to the candidates at `beta`, and what it would do at other values.
 
-    The counts are of candidates and accepted ones by how far, in units of beta, their reward is
-    below the best of their prompt. `points` and `advice` are those of `rso.diagnostics`.
+    The two counts are histograms with the bins of `edges`, of all candidates and of the accepted
+    ones. Their x axis is how far the reward is below the best reward of its prompt, in units of
+    beta. `points` and `advice` are those of `rso.diagnostics`.
     """
 
     beta: float
@@ -143,7 +148,7 @@ class Rejection:
 
     @property
     def acceptance_rates(self) -> list[float]:
-        """The share of draws that is accepted in each pass at `beta`."""
+        """The share of draws that are accepted in each pass at `beta`."""
         (point,) = (point for point in self.points if point["beta"] == self.beta)
         rates: list[float] = []
         while (name := f"acceptance_rate_round_{len(rates) + 1}") in point:
@@ -219,9 +224,9 @@ def build(data: ReportData) -> str:
 
 
 def terminal_table(metrics: Sequence[Row], stages: Sequence[StageSummary] = ()) -> RenderableType:
-    """Return the win rates, the look of the answers and the stages' times for a rich console.
+    """Return tables for a rich console: win rates, figures of the answers, and times of stages.
 
-    Below stand the warnings about the answers, and what was gained.
+    Below them are the warnings about the answers and the gains.
     """
     parts: list[RenderableType] = [_win_rate_table(metrics), _text_table(metrics)]
     if stages:
@@ -252,7 +257,12 @@ def rejection_summary(
     points: Sequence[Mapping[str, float]] = (),
     advice: Sequence[str] = (),
 ) -> Rejection:
-    """Return what the report shows of an `accepted` table and the figures beside it."""
+    """Return what the report shows of an `accepted` table.
+
+    `beta` is in nats. Where it is 0 or infinite the unit of the histograms is 1 nat. Their last
+    bin also holds what is beyond the 99th percentile of candidates. `points` and `advice` pass
+    through.
+    """
     _, prompts = np.unique(_column(accepted, "prompt_id"), return_inverse=True)
     rewards = _column(accepted, "reward").astype(np.float64)
     is_accepted = _column(accepted, "is_accepted").astype(bool)
@@ -284,9 +294,10 @@ def pick_examples(
     num_examples: int,
     seed: int,
 ) -> list[SideBySide]:
-    """Return examples drawn by key from all prompts that were judged: nobody chose them.
+    """Return random examples from all prompts with greedy answers of policy and reference.
 
-    Responses and verdicts are the greedy ones.
+    `seed` keys the draw, so nobody chooses the examples. Responses and verdicts are the greedy
+    ones.
     """
     prompt_of = {row["prompt_id"]: row for row in prompts}
     texts: dict[str, dict[str, str]] = {}
@@ -314,7 +325,10 @@ def pick_examples(
 
 
 def win_rate_blocks(metrics: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return a block a contest: its name and, a judge a row, figure, ties and forest plot."""
+    """Return one block per contest that was judged: its name and rows.
+
+    A row holds the figures and the forest plot of one judge.
+    """
     blocks = []
     for contest in CONTESTS:
         rows = []
@@ -349,9 +363,9 @@ def text_blocks(metrics: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def text_rows(metrics: Sequence[Row], sampling: str) -> list[dict[str, Any]]:
-    """Return the table of answers: a row a figure, a cell a system, and policy minus SFT.
+    """Return the table of answers: one row per figure, with a cell per system and policy - SFT.
 
-    Human lines are the same beside greedy and beside sampled answers.
+    The cells of the human line are the same for greedy and for sampled answers.
     """
     rows = []
     for figure in TEXT_FIGURES:
@@ -496,7 +510,7 @@ def _opponent_name(opponent: str) -> str:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return the settings as (dotted key, JSON value), with sections in their order."""
+    """Return the settings as (dotted key, JSON value), in the order of `config`."""
     rows: list[tuple[str, str]] = []
     for key, value in config.items():
         name = f"{prefix}{key}"

@@ -1,8 +1,9 @@
-"""Raw files to prompts, demonstrations and comparisons; what is refused keeps its reason.
+"""Raw files to prompts, demonstrations and comparisons. A refused row keeps its reason.
 
-Three steps: `read_source` gives the rows of a file, `parse_row` judges one row by itself, and
-`merge_prompt` settles all rows of one prompt against each other. The last two are pure and know
-one row or one prompt, so that they can run in any number of pieces; `prepare` runs all three here.
+There are three steps. `read_source` gives the rows of a file. `parse_row` accepts or refuses one
+row by itself. `merge_prompt` compares all rows of one prompt. The last two are pure functions of
+one row or one prompt, so they can run in any number of parallel pieces. `prepare` runs all three
+steps in this process.
 """
 
 import csv
@@ -39,15 +40,16 @@ SUFFIXES = {
     ".pq": "parquet",
 }
 RAW_CHARACTERS = 2000
-# A JSONL file states its fields row by row; so many rows are read before a field counts as unknown.
+# A JSONL file names its fields row by row. A field that is in none of this many first rows is
+# unknown.
 ROWS_TO_LEARN_FIELDS = 100
 SPLIT_RANGE = 2.0**64
 
 
 class RawRow(NamedTuple):
-    """A row as read. `line` is the physical line (JSONL, CSV) or the row (Parquet), from 1.
+    """A row as read. `line` counts physical lines (JSONL, CSV) or rows (Parquet), from 1.
 
-    `row` is None where the row could not be read, and `problem` then says why.
+    `row` is None if the row could not be read. Then `problem` says why.
     """
 
     line: int
@@ -58,7 +60,7 @@ class RawRow(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row that is good by itself; `order` is (index of the source, line)."""
+    """A row that is valid by itself. `order` is (index of the source, line)."""
 
     order: tuple[int, int]
     source: str
@@ -74,7 +76,7 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class RefusedRow:
-    """A row that was refused: `cause` in two words for the counters, `reason` in a sentence."""
+    """A refused row. `cause` is one or two words, for the counters. `reason` is a sentence."""
 
     order: tuple[int, int]
     source: str
@@ -96,7 +98,7 @@ class RefusedRow:
 
 @dataclass
 class Prepared:
-    """Rows of the four artifacts, unsorted, in the shape of their schemas, and what was counted."""
+    """Rows of four tables, in the form of their schemas and not in their order, and the counts."""
 
     prompts: list[Row] = field(default_factory=list)
     demonstrations: list[Row] = field(default_factory=list)
@@ -106,7 +108,7 @@ class Prepared:
 
 
 class Merged(NamedTuple):
-    """All rows of one prompt, settled."""
+    """What becomes of all rows of one prompt: accepted rows for the tables, and refused rows."""
 
     prompt: Row
     demonstrations: list[Row]
@@ -116,7 +118,7 @@ class Merged(NamedTuple):
 
 
 class _Refused(Exception):
-    """What is wrong with a row: the file's field, the cause in two words and the reason."""
+    """What is wrong with a row: the field of the file, the cause and the reason."""
 
     def __init__(self, field: str, cause: str, reason: str) -> None:
         super().__init__(reason)
@@ -124,13 +126,12 @@ class _Refused(Exception):
 
 
 def prepare(settings: Prepare, *, seed: int, count_tokens: TokenCounter | None = None) -> Prepared:
-    """Return the rows of all sources: accepted ones and, with reasons, refused ones.
+    """Return the rows of all sources: the accepted rows, and the refused rows with their reasons.
 
-    `count_tokens` gives the tokens of a prompt; None leaves prompts unlimited.
+    `count_tokens` gives the number of tokens of a prompt. If it is None, prompts have no limit.
 
     Raises:
-        UserError: a file is missing, empty or not what it is said to be, a mapped field is in no
-            row, or no row at all is left.
+        UserError: as `check_settings` and `read_source`, or every row is refused.
     """
     check_settings(settings)
     parsed: list[SourceRow | RefusedRow] = []
@@ -161,7 +162,7 @@ def prepare(settings: Prepare, *, seed: int, count_tokens: TokenCounter | None =
 def prepare_rows(
     parsed: Iterable[SourceRow | RefusedRow], *, seed: int, shares: SplitShares
 ) -> Prepared:
-    """Return the artifacts' rows for parsed rows of all sources, in whichever order they come."""
+    """Return the rows of the tables for `parsed` rows of all sources, which come in any order."""
     by_prompt: dict[str, list[SourceRow]] = defaultdict(list)
     refusals: list[RefusedRow] = []
     num_rows = 0
@@ -188,11 +189,11 @@ def prepare_rows(
 
 
 def merge_prompt(rows: Sequence[SourceRow], *, seed: int, shares: SplitShares) -> Merged:
-    """Return what becomes of all rows of one prompt, judged in the order of sources and lines.
+    """Return what becomes of all rows of one prompt, in the order of sources and lines.
 
-    The first row fixes the text and the split of the prompt. Exact copies are refused, and so are
-    rows that other groups or sources would put on another side of the split. Another target is
-    the prompt's next reference.
+    The first row fixes the text and the split of the prompt. Exact copies are refused. So are rows
+    that their source or group would put into another split. The first target is the prompt's own,
+    and each further target is one more reference.
     """
     rows = sorted(rows, key=lambda row: row.order)
     first = rows[0]
@@ -228,7 +229,7 @@ def merge_prompt(rows: Sequence[SourceRow], *, seed: int, shares: SplitShares) -
 
 
 def split_of(seed: int, key: str, shares: SplitShares) -> str:
-    """Return the side of the split to which the group or prompt `key` belongs."""
+    """Return train, validation or test for the group or prompt `key`, keyed by `seed`."""
     place = seeds.key("split", seed, key) / SPLIT_RANGE
     if place < shares.test:
         return "test"
@@ -244,7 +245,10 @@ def parse_row(
     count_tokens: TokenCounter | None = None,
     max_prompt_tokens: int | None = None,
 ) -> SourceRow | RefusedRow:
-    """Return the row with our field names and its prompt_id, or why it is refused."""
+    """Return the row with our field names and its prompt_id, or the refused row with its reason.
+
+    The length of the prompt is checked if both `count_tokens` and `max_prompt_tokens` are given.
+    """
     order = (source_index, raw.line)
     try:
         if raw.row is None:
@@ -274,11 +278,11 @@ def parse_row(
 
 
 def read_source(source: Source) -> Iterator[RawRow]:
-    """Yield the rows of a JSONL, CSV or Parquet file in order; blank JSONL and CSV lines are none.
+    """Yield the rows of a JSONL, CSV or Parquet file in order, without blank JSONL and CSV lines.
 
     Raises:
-        UserError: the file is missing, empty, not UTF-8 or not of its format, or a mapped field is
-            in none of its rows.
+        UserError: the file is missing, empty, not UTF-8 or not of its format; `source` maps a field
+            that its kind does not have; or a required or mapped field is in none of the first rows.
     """
     path = Path(source.path)
     _check_roles(source)
@@ -319,7 +323,7 @@ def _read_jsonl(path: Path, source: Source) -> Iterator[RawRow]:
 
 
 def _read_csv(path: Path, source: Source) -> Iterator[RawRow]:
-    # The module's own limit of 131,072 characters a cell is lower than real prompts.
+    # The module's own limit is 131,072 characters per cell. Real prompts can be longer.
     csv.field_size_limit(2**31 - 1)
     consumed: list[tuple[int, str]] = []
 
@@ -328,7 +332,7 @@ def _read_csv(path: Path, source: Source) -> Iterator[RawRow]:
             consumed.append((line, text))
             yield text
 
-    # Strict, since the lenient reader swallows the rest of a file after an unclosed quote.
+    # Strict, because the lenient reader swallows the rest of a file after an unclosed quote.
     reader = csv.reader(record(), strict=True)
     try:
         header = next(reader, [])
@@ -459,7 +463,10 @@ def _check_fields(source: Source, found: Sequence[str]) -> None:
 
 
 def _field_names(source: Source, found: Sequence[str]) -> list[str]:
-    """Return the file's names of the fields in use, optional ones where mapped or found."""
+    """Return the file's names of the fields in use.
+
+    An optional field is in use if it is mapped or in `found`.
+    """
     names = [source.fields.get(role, role) for role in REQUIRED[source.kind]]
     names += [
         source.fields.get(role, role)
@@ -554,7 +561,7 @@ def _demonstration(row: SourceRow, index: int, shared: Row) -> Row:
 
 
 def _comparisons(rows: Sequence[SourceRow], shared: Row) -> list[Row]:
-    """Return rows in which equal texts have one response_id, numbered by first appearance."""
+    """Return the rows of `comparisons`. Equal texts have one response_id, by first appearance."""
     index: dict[str, int] = {}
     result = []
     for row in rows:

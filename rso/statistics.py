@@ -1,4 +1,4 @@
-"""How sure a figure is: intervals and tests over prompts, the unit that is drawn independently."""
+"""How sure a figure is: intervals and tests over prompts, which are drawn independently."""
 
 import math
 from collections.abc import Sequence
@@ -24,10 +24,13 @@ class Interval(NamedTuple):
 
 
 def wilson(successes: float, n: int, *, level: float = 0.95) -> Interval:
-    """Wilson's score interval (1927) for a share of `n` trials.
+    """The share of successes in `n` trials, with Wilson's score interval (1927).
 
-    Ties may enter `successes` as halves. Values in [0, 1] with mean m vary at most as much as a
-    coin of probability m, so the interval is then on the wide side, never too narrow.
+    `successes` may count ties as halves. The interval is then wide rather than narrow, because
+    values in [0, 1] with mean m vary at most as much as a coin with probability m.
+
+    Raises:
+        ValueError: there are no trials, or `successes` is not in [0, n].
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(
@@ -39,17 +42,20 @@ def wilson(successes: float, n: int, *, level: float = 0.95) -> Interval:
     centre = (share + z_squared / (2 * n)) / (1 + z_squared / n)
     spread = share * (1 - share) / n + z_squared / (4 * n**2)
     half_width = math.sqrt(z_squared * spread) / (1 + z_squared / n)
-    # At 0 and n the ends are exactly 0 and 1, which rounding would miss.
+    # With 0 or n successes an end is exactly 0 or 1. Rounding would miss it.
     low = 0.0 if successes == 0 else centre - half_width
     high = 1.0 if successes == n else centre + half_width
     return Interval(share, low, high, n)
 
 
 def win_rate(verdicts: Values, *, level: float = 0.95) -> Interval:
-    """Mean of the verdicts (win 1, tie 0.5, loss 0; one a prompt) with Wilson's score interval.
+    """Mean of `verdicts` [prompt] (win 1, tie 0.5, loss 0) with Wilson's score interval.
 
-    The score interval and not a bootstrap: it needs no seed, holds at 0 and 1, and with ties errs
-    towards being too wide.
+    Unlike a bootstrap, this interval needs no seed and holds at 0 and 1. With ties it is too wide
+    rather than too narrow.
+
+    Raises:
+        ValueError: there is no verdict, or one is not 0, 0.5 or 1.
     """
     values = np.asarray(verdicts, dtype=np.float64)
     wrong = values[~np.isin(values, (0.0, 0.5, 1.0))]
@@ -64,9 +70,12 @@ def win_rate(verdicts: Values, *, level: float = 0.95) -> Interval:
 def bootstrap_mean(
     values: Values, *, seed: int, level: float = 0.95, resamples: int = 2000
 ) -> Interval:
-    """Mean over prompts with a percentile bootstrap interval (Efron 1979), keyed by `seed`.
+    """Mean of `values` [prompt] with a percentile bootstrap interval (Efron 1979).
 
-    `values` are [prompt], one each. Below some 30 prompts percentile intervals are too narrow.
+    `seed` keys the draws. With fewer than about 30 prompts these intervals are too narrow.
+
+    Raises:
+        ValueError: there are no values.
     """
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0:
@@ -74,7 +83,7 @@ def bootstrap_mean(
             "bootstrap_mean: no values, expected at least one prompt: leave out the figure"
         )
     draws = seeds.generator("bootstrap", seed)
-    # One resample at a time: memory stays that of one, whatever the number of prompts.
+    # One resample at a time, so that memory holds only one.
     means = [sample[draws.integers(sample.size, size=sample.size)].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(sample.mean()), float(low), float(high), sample.size)
@@ -83,24 +92,31 @@ def bootstrap_mean(
 def paired_bootstrap_difference(
     values: Values, baseline: Values, *, seed: int, level: float = 0.95, resamples: int = 2000
 ) -> Interval:
-    """Mean of values - baseline over prompts, with its bootstrap interval; positive: values lead.
+    """Mean of values - baseline with its bootstrap interval; positive where `values` are larger.
 
-    Both are [prompt] on the same prompts in the same order, so what makes a prompt hard cancels.
+    Both are [prompt], for the same prompts in the same order. So the difficulty of a prompt
+    cancels.
+
+    Raises:
+        ValueError: the numbers of values differ, or there are none.
     """
     differences = _differences("paired_bootstrap_difference", values, baseline)
     return bootstrap_mean(differences, seed=seed, level=level, resamples=resamples)
 
 
 def sign_test(values: Values, baseline: Values) -> float:
-    """Two-sided p-value of the exact sign test that neither system leads; ties are left out.
+    """Two-sided p-value of the exact sign test of "neither system leads"; ties are left out.
 
-    Both are [prompt] on the same prompts in the same order. 1 when all are ties.
+    Both are [prompt], for the same prompts in the same order. The p-value is 1 if all are ties.
+
+    Raises:
+        ValueError: the numbers of values differ.
     """
     differences = _differences("sign_test", values, baseline)
     num_wins = int(np.count_nonzero(differences > 0))
     num_decided = int(np.count_nonzero(differences))
     tail = range(min(num_wins, num_decided - num_wins) + 1)
-    # Logarithms, since binomial coefficients outgrow floats from about a thousand prompts.
+    # Logarithms, because binomial coefficients overflow floats from about a thousand prompts.
     return min(1.0, 2 * math.fsum(math.exp(_log_fair_binomial(num_decided, k)) for k in tail))
 
 

@@ -1,4 +1,4 @@
-"""What can be read off texts without a model: overlap with a reference, variety, and likeness."""
+"""Metrics of texts that need no model: overlap with a reference, variety, and similarity."""
 
 import itertools
 import re
@@ -12,7 +12,7 @@ _CHRF_ORDERS = range(1, 7)
 _CHRF_BETA_SQUARED = 4.0
 
 MAX_PAIRS = 20_000
-"""Most pairs of texts that `mean_similarity` compares."""
+"""The largest number of pairs of texts that `mean_similarity` compares by default."""
 
 
 class Opening(NamedTuple):
@@ -25,8 +25,8 @@ class Opening(NamedTuple):
 def chrf(hypothesis: str, reference: str) -> float:
     """Character n-gram F2 in [0, 1], n = 1 to 6, whitespace removed (Popović 2015).
 
-    As sacrebleu's sentence-level chrF (divided by 100): precision and recall are averaged over the
-    orders that both texts are long enough for. 0 when one of them is empty.
+    It equals sacrebleu's sentence-level chrF divided by 100: precision and recall are averaged over
+    those n for which both texts are long enough. It is 0 if a text is empty.
     """
     ours, theirs = "".join(hypothesis.split()), "".join(reference.split())
     orders = [n for n in _CHRF_ORDERS if n <= min(len(ours), len(theirs))]
@@ -41,7 +41,8 @@ def chrf(hypothesis: str, reference: str) -> float:
 def rouge_l(hypothesis: str, reference: str) -> float:
     """ROUGE-L F1 in [0, 1]: longest common subsequence of lower-cased words (Lin 2004).
 
-    Words are runs of letters, digits and underscores, without stemming. 0 when there are none.
+    Words are runs of letters, digits and underscores, without stemming. ROUGE-L is 0 if a text has
+    no words.
     """
     ours, theirs = _words(hypothesis), _words(reference)
     if not ours or not theirs:
@@ -51,7 +52,7 @@ def rouge_l(hypothesis: str, reference: str) -> float:
 
 
 def distinct_words(texts: Iterable[str]) -> float:
-    """Share of distinct words among all words of `texts` (types by tokens); 0 without words.
+    """Number of distinct words of `texts` divided by their number of words; 0 without words.
 
     It falls with the amount of text, so compare only sets of about the same size.
     """
@@ -60,10 +61,10 @@ def distinct_words(texts: Iterable[str]) -> float:
 
 
 def top_opening(texts: Iterable[str], num_words: int) -> Opening:
-    """Return the most common first `num_words` words; of equally common ones the first by alphabet.
+    """Return the most common opening: the first `num_words` words of a text, joined by spaces.
 
-    Words are as in `rouge_l`, joined by spaces. A shorter text has all of its words as its opening,
-    and a text without words has an empty one.
+    Among equally common openings it is the first in alphabetical order. Words are as in `rouge_l`.
+    The opening of a shorter text is all its words.
 
     Raises:
         ValueError: there are no texts.
@@ -75,15 +76,12 @@ def top_opening(texts: Iterable[str], num_words: int) -> Opening:
 
 
 def distinct_first_words(texts: Iterable[str]) -> int:
-    """Return how many different first words the texts have, lower-cased.
-
-    A text without words adds none.
-    """
+    """Return the number of different first words, in lower case; a text without words has none."""
     return len({words[0] for text in texts if (words := _words(text))})
 
 
 def num_repeated(texts: Iterable[str]) -> int:
-    """Return how many of the texts equal another one, but for case and amount of white space."""
+    """Return how many texts equal another text, apart from case and amount of white space."""
     counts = Counter(" ".join(text.lower().split()) for text in texts)
     return sum(count for count in counts.values() if count > 1)
 
@@ -91,10 +89,11 @@ def num_repeated(texts: Iterable[str]) -> int:
 def mean_similarity(texts: Sequence[str], *, seed: int, max_pairs: int = MAX_PAIRS) -> float:
     """Return the mean similarity of two of the texts, in [0, 1].
 
-    The similarity of a pair is the Jaccard index of their sets of words: shared words by words of
-    either. Two texts without words have 1. The mean is over all pairs. Where there are more than
-    `max_pairs` it is over `max_pairs` of them, drawn with replacement by `seed`; the same places of
-    two lists of equal length are then compared.
+    The similarity of a pair is the Jaccard index of the two sets of words: the number of shared
+    words divided by the number of words in either text. For two texts without words it is 1. The
+    mean is over all pairs, or over `max_pairs` random ones if there are more pairs than that. These
+    are drawn with replacement, keyed by `seed`: in lists of equal length, the same indices are
+    drawn.
 
     Raises:
         ValueError: there are fewer than two texts.
