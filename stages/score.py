@@ -38,8 +38,8 @@ def run(context: Context) -> Outcome:
     """Score every candidate by each objective, combine the rewards, and check the ranker.
 
     Raises:
-        UserError: `objectives.standardise` is set, and an objective gives all candidates of a prompt the
-            same reward, for every prompt.
+        UserError: `objectives.standardise` is set, and an objective gives all candidates of a
+            prompt the same reward, for every prompt.
     """
     config = context.config
     objectives = objectives_of(config.objectives)
