@@ -223,6 +223,11 @@ def test_plan_steps_are_exact_and_cover_every_epoch(
     assert all(int(epochs) <= uses[i] <= int(epochs) + 1 for i in range(len(prompts)))
 
 
+def test_plan_steps_without_items_is_refused() -> None:
+    with pytest.raises(ValueError, match="there are no items"):
+        plan_steps([], batch_size=8, epochs=1, key=("t", 0))
+
+
 def test_plan_steps_keeps_a_prompt_together_and_orders_epochs_apart() -> None:
     ids = [f"p{i // 4}" for i in range(40)]
     plan = plan_steps(ids, batch_size=8, epochs=2, key=("t", 0))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, Self
 
 import torch
 from accelerate.utils import gather_object
@@ -39,7 +39,7 @@ from rso.prefix import Batch, PrefixRow, collate
 from rso.progress import progress
 from rso.training.adapters import is_adapted, merged_state
 from rso.training.loading import autocast, drop_nothing, on_cpu, trainable, weights_dtype
-from rso.training.steps import ExampleT, Step, Steps
+from rso.training.steps import ExampleT, Step, Steps, plan_steps
 
 _STATE_FILE = "trainer_state.json"
 _PARTIAL = "partial"
@@ -121,6 +121,47 @@ class PrefixTrainer(Trainer, Generic[ExampleT]):
             )
         self.remove_callback(PrinterCallback)
         self._checkpoint_steps = settings.checkpoint_steps
+
+    @classmethod
+    def of_items(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Sequence[str],
+        build: Callable[[Sequence[int]], list[ExampleT]],
+        weigh: Callable[[Sequence[int]], float] = len,
+        *,
+        settings: Optimisation,
+        compute: Compute,
+        seed: int,
+        work_directory: str,
+        what: str,
+    ) -> Self:
+        """A trainer whose steps are planned by `plan_steps` from the items' `prompt_ids` [item].
+
+        `build` and `weigh` are those of `Steps`. `what` names the stage in messages and is part of
+        the key of the order of prompts.
+
+        Raises:
+            UserError: the settings do not fit the model.
+        """
+        plan = plan_steps(
+            prompt_ids,
+            batch_size=settings.batch_size,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            key=(what, seed),
+        )
+        return cls(
+            model,
+            Steps(plan, build, weigh, token_budget=settings.token_budget),
+            settings=settings,
+            compute=compute,
+            tokenizer=tokenizer,
+            seed=seed,
+            work_directory=work_directory,
+            what=what,
+        )
 
     def sums(self, model: PreTrainedModel, examples: Sequence[ExampleT]) -> Sums:
         """The loss and the figures of one micro-batch, summed over its items."""

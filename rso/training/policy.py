@@ -32,7 +32,7 @@ from rso.training.base import (
 from rso.training.loading import load_for_training
 from rso.training.selection import CheckpointSelection, Judged
 from rso.training.sft import Demonstration, sft_trainer
-from rso.training.steps import Steps, TrainingExample, group_by_prompt, micro_batches, plan_steps
+from rso.training.steps import TrainingExample, group_by_prompt, micro_batches
 
 _WHAT = "train_policy"
 ReferenceLogps = Mapping[tuple[str, str], float]
@@ -187,20 +187,13 @@ def train_policy(
     if starts_as_reference and last_checkpoint(Path(work_directory)) is None:
         examples = rows.build(range(len(pairs)))
         difference = check_step_zero(model, examples, settings)
-    plan = plan_steps(
-        rows.prompt_ids,
-        batch_size=settings.batch_size,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        key=(_WHAT, seed),
-    )
-    steps = Steps(plan, rows.build, weigh=len, token_budget=settings.token_budget)
-    trainer = PolicyTrainer(
+    trainer = PolicyTrainer.of_items(
         model,
-        steps,
+        tokenizer,
+        rows.prompt_ids,
+        rows.build,
         settings=settings,
         compute=compute,
-        tokenizer=tokenizer,
         seed=seed,
         work_directory=work_directory,
         what=_WHAT,

@@ -24,12 +24,10 @@ from rso.training.base import (
 from rso.training.loading import load_for_training
 from rso.training.selection import CheckpointSelection, Figures
 from rso.training.steps import (
-    Steps,
     TrainingExample,
     choose,
     group_by_prompt,
     micro_batches,
-    plan_steps,
 )
 
 
@@ -191,20 +189,13 @@ def train_ranker(
     model, tokenizer = load_for_training(init_directory, compute, settings.lora)
     encoder = RankerEncoder(tokenizer, templates)
     rows = _Rows(encoder, training, flip=(what, seed) if settings.orders == "flip" else None)
-    plan = plan_steps(
-        rows.prompt_ids,
-        batch_size=settings.batch_size,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        key=(what, seed),
-    )
-    steps = Steps(plan, rows.build, weigh=len, token_budget=settings.token_budget)
-    trainer = RankerTrainer(
+    trainer = RankerTrainer.of_items(
         model,
-        steps,
+        tokenizer,
+        rows.prompt_ids,
+        rows.build,
         settings=settings,
         compute=compute,
-        tokenizer=tokenizer,
         seed=seed,
         work_directory=work_directory,
         what=what,

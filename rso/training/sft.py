@@ -12,7 +12,7 @@ from rso.prefix import PrefixRow, branch_logps
 from rso.templates import encode_prompt, encode_response
 from rso.training.base import PrefixTrainer, Sums, TrainingResult
 from rso.training.loading import load_for_training
-from rso.training.steps import Steps, TrainingExample, choose, group_by_prompt, plan_steps
+from rso.training.steps import TrainingExample, choose, group_by_prompt
 
 _WHAT = "train_sft"
 
@@ -104,25 +104,14 @@ def sft_trainer(
             for prompt_id, group in group_by_prompt(items, prompt_ids)
         ]
 
-    plan = plan_steps(
-        prompt_ids,
-        batch_size=settings.batch_size,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        key=(what, seed),
-    )
-    steps = Steps(
-        plan,
-        build,
-        weigh=lambda items: sum(len(targets[i]) for i in items),
-        token_budget=settings.token_budget,
-    )
-    return SftTrainer(
+    return SftTrainer.of_items(
         model,
-        steps,
+        tokenizer,
+        prompt_ids,
+        build,
+        lambda items: sum(len(targets[i]) for i in items),
         settings=settings,
         compute=compute,
-        tokenizer=tokenizer,
         seed=seed,
         work_directory=work_directory,
         what=what,

@@ -119,10 +119,15 @@ def plan_steps(
 ) -> list[list[int]]:
     """The item indices of each optimiser step; only the first `max_steps` steps are returned.
 
-    `prompt_ids` [item] names the prompt of each item and must not be empty. Every epoch has its own
+    `prompt_ids` [item] names the prompt of each item. Every epoch has its own
     random order of the prompts, which depends only on `key`, the epoch and the ids. The items of a
     prompt keep their order. A fraction of an epoch takes the first items of the epoch's order.
+
+    Raises:
+        ValueError: there are no items.
     """
+    if not prompt_ids:
+        raise ValueError("plan_steps: there are no items; expected at least one")
     by_prompt: dict[str, list[int]] = {}
     for item, prompt_id in enumerate(prompt_ids):
         by_prompt.setdefault(prompt_id, []).append(item)
