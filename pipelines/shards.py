@@ -189,14 +189,11 @@ def finish_shard(plan: Plan, index: int, shard: Shard) -> None:
 
 
 def sum_counters(shards: Sequence[Counters]) -> Counters:
-    """Return the sums of the counters over shards; for names that start with `max_`, the maxima."""
+    """Return the sums of the counters over shards."""
     total: Counters = {}
     for counters in shards:
         for name, count in counters.items():
-            if name.startswith("max_"):
-                total[name] = max(total.get(name, count), count)
-            else:
-                total[name] = total.get(name, 0) + count
+            total[name] = total.get(name, 0) + count
     return total
 
 

@@ -23,20 +23,6 @@ TARGET_COLUMNS = {
 
 
 @dataclass(frozen=True)
-class BoundsShard:
-    """`rewards` to counters of the lowest and the highest reward; there is no output."""
-
-    def setup(self) -> None:
-        """Nothing to load."""
-
-    def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
-        """Return the maxima of the rewards and of the negated rewards; -inf without rewards."""
-        rewards = reward_column(tables["rewards"], "targets")
-        signs = {"max_reward": rewards, "max_negated_reward": -rewards}
-        return Shard({}, {name: float(v.max(initial=-np.inf)) for name, v in signs.items()})
-
-
-@dataclass(frozen=True)
 class TargetShard:
     """Candidates to `demonstrations`; `bounds` are for `normalise: dataset`, otherwise None."""
 

@@ -1,6 +1,6 @@
 """What a stage receives and what it returns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -67,6 +67,11 @@ class Context:
         source = self.inputs[name]
         return _read(source.directory, source.output, columns)
 
+    def shards(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Yield the shards of a dataset input, one at a time."""
+        source = self.inputs[name]
+        return _shards(source.directory, source.output, columns)
+
     def written(self, name: str) -> pa.Table:
         """Return all rows of a dataset that this stage has written; they must fit in memory."""
         return _read(self.work.output(name), name)
@@ -117,5 +122,10 @@ class Context:
 
 
 def _read(directory: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    return pa.concat_tables(_shards(directory, name, columns))
+
+
+def _shards(directory: str, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     total = num_shards(directory)
-    return pa.concat_tables([read_shard(directory, name, i, total, columns) for i in range(total)])
+    for index in range(total):
+        yield read_shard(directory, name, index, total, columns)

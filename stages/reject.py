@@ -16,7 +16,6 @@ from rso.diagnostics import (
     spreads,
     wanted_effective_samples,
 )
-from rso.parquet import num_shards, read_shard
 from stages.context import Context, Outcome
 
 logger = logging.getLogger(__name__)
@@ -69,15 +68,10 @@ class _Rewards(NamedTuple):
 
 
 def _rewards(context: Context) -> _Rewards:
-    source = context.inputs["rewards"]
-    total = num_shards(source.directory)
     found: list[Floats] = []
     rewards: list[Floats] = []
     sizes: list[Indices] = []
-    for index in range(total):
-        table = read_shard(
-            source.directory, source.output, index, total, columns=REJECT_COLUMNS["rewards"]
-        )
+    for table in context.shards("rewards", REJECT_COLUMNS["rewards"]):
         values, (_, counts) = reward_column(table, "reject"), prompt_runs(table)
         found.append(spreads(values, counts))
         if sum(map(len, rewards)) < MOST_CANDIDATES:

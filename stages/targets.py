@@ -1,6 +1,9 @@
 """Rewards to new fine-tuning targets (RAFT, ReST)."""
 
-from pipelines.targets import TARGET_COLUMNS, BoundsShard, TargetShard
+import math
+
+from pipelines.rewards import reward_column
+from pipelines.targets import TARGET_COLUMNS, TargetShard
 from rso.errors import UserError
 from rso.targets import Bounds
 from stages.context import Context, Outcome
@@ -35,11 +38,10 @@ def run(context: Context) -> Outcome:
 
 
 def _bounds(context: Context) -> Bounds:
-    """Return the lowest and highest reward of all shards; a shard knows only its own rewards."""
-    counters = context.map(
-        "reward bounds",
-        BoundsShard(),
-        inputs={"rewards": TARGET_COLUMNS["rewards"]},
-        outputs=[],
+    """Return the lowest and the highest reward of all shards; a shard knows only its own."""
+    shards = context.shards("rewards", TARGET_COLUMNS["rewards"])
+    rewards = [values for t in shards if len(values := reward_column(t, "targets"))]
+    return Bounds(
+        min((float(values.min()) for values in rewards), default=math.inf),
+        max((float(values.max()) for values in rewards), default=-math.inf),
     )
-    return Bounds(-counters["max_negated_reward"], counters["max_reward"])

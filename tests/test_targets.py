@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_pipelines import ONE, THREADS, read_all, reshard
 
 from pipelines.shards import Dataset, Plan, map_shards
-from pipelines.targets import TARGET_COLUMNS, BoundsShard, TargetShard
+from pipelines.targets import TARGET_COLUMNS, TargetShard
 from rso.config import Beam, Targets
 from rso.errors import UserError
 from rso.rejection import NonFiniteReward
@@ -142,10 +142,7 @@ def test_rest_pipeline_however_sharded_equals_the_transcription(
     plan = plan_of(finished, tmp_path, total, rewards, "targets")
     bounds = None
     if normalise == "dataset":
-        reward_plan = Plan("bounds", {"rewards": plan.inputs["rewards"]}, {}, plan.counters, total)
-        found = map_shards(BoundsShard(), reward_plan, beam)
-        bounds = Bounds(-found["max_negated_reward"], found["max_reward"])
-        assert bounds == (min(r["reward"] for r in rewards), max(r["reward"] for r in rewards))
+        bounds = Bounds(min(r["reward"] for r in rewards), max(r["reward"] for r in rewards))
     settings = Targets(method="rest", threshold=0.6, normalise=normalise)
     counters = map_shards(TargetShard(settings, "", bounds), plan, beam)
 
@@ -229,8 +226,6 @@ def test_targets_shard_of_a_reward_that_is_no_number_names_it() -> None:
     sentence = "prompt p: candidate b has reward nan"
     with pytest.raises(NonFiniteReward, match=sentence):
         TargetShard(Targets(method="raft"), "", None)(None, given)
-    with pytest.raises(NonFiniteReward, match=sentence):
-        BoundsShard()(None, given)
 
 
 def test_targets_shard_of_rows_that_do_not_belong_together_refuses() -> None:
