@@ -237,15 +237,6 @@ class Store:
             return [f"{artifact.directory}: it is gone"]
         return problems
 
-    def discard(self, artifact: Artifact) -> str | None:
-        """Rename an artifact to `<fingerprint>.discarded-N`, so that its stage runs again.
-
-        Returns the new path or URL, or None if a local artifact is already gone.
-        """
-        with writing(self.root):
-            aside = self._files.set_aside(_path(artifact.stage, artifact.fingerprint), "discarded")
-        return None if aside is None else self._files.url(aside)
-
     @contextmanager
     def build(self, stage: str, fingerprint: str, *, force: bool = False) -> Iterator[Work]:
         """Hold the only build of an artifact; see `Work`.

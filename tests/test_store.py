@@ -312,11 +312,6 @@ def test_store_artifacts_are_newest_first_and_open_by_prefix(store: Store) -> No
             store.open(text)
 
 
-def test_store_discard_keeps_the_files(store: Store) -> None:
-    store.discard(build(store))
-    assert store.find(STAGE, FINGERPRINT) is None and siblings(store) == {".discarded-1"}
-
-
 def test_store_that_does_not_exist_is_empty_and_not_made(store: Store, tmp_path: Path) -> None:
     assert store.artifacts() == [] and store.find(STAGE, FINGERPRINT) is None
     assert not (tmp_path / "store").exists()
