@@ -68,10 +68,12 @@ def line(points: Sequence[tuple[float, float]], name: str) -> Markup:
     )
 
 
-def histogram(edges: Sequence[float], candidates: Sequence[int], accepted: Sequence[int]) -> Markup:
+def histogram(
+    edges: Sequence[float], candidates: Sequence[int], accepted: Sequence[int], unit: str
+) -> Markup:
     """Return two histograms over the same bins [bins], each as shares of its own total.
 
-    `edges` is [bins + 1].
+    `edges` is [bins + 1], in `unit`, which is named below the axis.
     """
     totals = max(1, sum(candidates)), max(1, sum(accepted))
     shares = [
@@ -91,7 +93,7 @@ def histogram(edges: Sequence[float], candidates: Sequence[int], accepted: Seque
         bars,
         x_ticks=[(_x(e, edges[0], edges[-1]), f"{e:.2g}") for e in (edges[0], edges[-1])],
         y_ticks=[(_y(v, 0.0, top), f"{100 * v:.0f} %") for v in (0.0, top)],
-        x_name="reward below the prompt's best, in units of β",
+        x_name=f"reward below the prompt's best, {unit}",
         label="histogram of rewards of candidates and of accepted ones",
     )
 

@@ -52,7 +52,7 @@ class Source(Section):
         description="What a row is: prompt and target, prompt and chosen and rejected, or prompt."
     )
     format: Literal["auto", "jsonl", "csv", "parquet"] = Field(
-        "auto", description="File format; auto goes by the suffix."
+        "auto", description="File format; auto: by the suffix of the path."
     )
     fields: dict[str, str] = Field(
         default_factory=dict,
@@ -117,7 +117,8 @@ class Templates(Section):
     label_b: str = Field(" B", description="Label that says B is better; one token.")
     max_context_tokens: Count = Field(
         1024,
-        description="Ranker contexts are cut to so many tokens, from the right, and counted.",
+        description="Longer ranker contexts are cut at their right end to this many tokens, and "
+        "counted.",
     )
 
 
@@ -153,7 +154,7 @@ class Compute(Section):
         description="cpu, cuda, or auto for cuda where present.",
     )
     token_budget: Count = Field(
-        4096, json_schema_extra=RUNTIME, description="Tokens a forward pass."
+        4096, json_schema_extra=RUNTIME, description="Tokens per forward pass."
     )
     endpoints: tuple[Annotated[str, Field(pattern=r"^https?://[^@\s]+$")], ...] = Field(
         (),
@@ -164,13 +165,13 @@ class Compute(Section):
     server_concurrency: Count = Field(
         16,
         json_schema_extra=RUNTIME,
-        description="Requests in flight at an endpoint; the samples of a prompt are one request.",
+        description="Requests in flight per endpoint. All samples of a prompt are one request.",
     )
     server_patience: float = Field(
         300.0,
         gt=0,
         json_schema_extra=RUNTIME,
-        description="Seconds after which an endpoint that stays away is given up.",
+        description="The stage stops if no endpoint answers for this many seconds.",
     )
     server_timeout: float = Field(
         3600.0, gt=0, json_schema_extra=RUNTIME, description="Seconds that one answer may take."
@@ -201,23 +202,23 @@ class Optimisation(Section):
     warmup: Share = Field(0.0, description="Share of the steps that warm up.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this.")
-    batch_size: Count = Field(32, description="Examples, comparisons or pairs an optimiser step.")
+    batch_size: Count = Field(32, description="Examples, comparisons or pairs per optimiser step.")
     epochs: float = Field(1.0, gt=0, description="Passes over the data.")
     freeze_embeddings: bool = Field(False, description="Keep the token embeddings as they are.")
     freeze_layers: int = Field(
         0,
         ge=0,
-        description="Keep the lowest so many layers as they are; of an encoder-decoder model, so "
-        "many of the encoder and so many of the decoder.",
+        description="Freeze this many of the lowest layers. An encoder-decoder model freezes them "
+        "in the encoder and in the decoder.",
     )
     max_steps: Count | None = Field(
-        None, description="Stop after so many optimiser steps; null runs all epochs."
+        None, description="Stop after this many optimiser steps; null runs all epochs."
     )
     lora: Lora | None = Field(
         None, description="Train low-rank adapters (PEFT), merged into what is written; null: all."
     )
     token_budget: Count = Field(
-        2048, json_schema_extra=RUNTIME, description="Tokens a micro-batch."
+        2048, json_schema_extra=RUNTIME, description="Tokens per micro-batch."
     )
     gradient_checkpointing: bool = Field(
         False,
@@ -240,7 +241,7 @@ class Optimisation(Section):
 class TrainSft(Optimisation):
     """Supervised fine-tuning of the reference policy on demonstrations."""
 
-    max_examples: Count | None = Field(None, description="Use at most so many; null for all.")
+    max_examples: Count | None = Field(None, description="Use at most this many; null: all.")
     skip: bool = Field(
         False, description="True where `model` is the SFT policy already: it becomes `reference`."
     )
@@ -267,9 +268,11 @@ class Comparisons(Section):
         "comparisons.",
     )
     num_prompts: Count = Field(1000, description="Training prompts to decode pairs for.")
-    num_validation_prompts: Count = Field(200, description="Validation prompts likewise.")
-    num_samples: int = Field(4, ge=2, description="Decodes a prompt.")
-    pairs_per_prompt: Count = Field(1, description="Distinct decodes paired, most pairs a prompt.")
+    num_validation_prompts: Count = Field(
+        200, description="Validation prompts to decode pairs for."
+    )
+    num_samples: int = Field(4, ge=2, description="Responses decoded per prompt.")
+    pairs_per_prompt: Count = Field(1, description="Most pairs of different responses per prompt.")
     sampling: DecodeSampling = Field(
         default_factory=DecodeSampling, description="How decodes are drawn."
     )
@@ -287,14 +290,15 @@ class TrainRanker(Optimisation):
     )
     folds: tuple[int, ...] = Field((0,), description="Prompt folds whose comparisons are used.")
     num_folds: Count = Field(2, description="Folds that the prompts are hashed into.")
-    max_comparisons: Count | None = Field(None, description="Use at most so many; null for all.")
+    max_comparisons: Count | None = Field(None, description="Use at most this many; null: all.")
     num_evaluations: Count = Field(
         1,
         description="Checkpoints compared on held-out comparisons; 1 keeps the last.",
     )
     patience: Count | None = Field(
         None,
-        description="Stop after so many evaluations without a better one; null never stops early.",
+        description="Stop after this many evaluations without a better one; null: never stop "
+        "early.",
     )
     orders: Literal["margin", "mean", "flip"] = Field(
         "mean",
@@ -356,8 +360,8 @@ class Decode(Section):
         "content, not its name, is part of the identity.",
     )
     engine: EngineName = Field("auto", description="auto: vllm where it is installed.")
-    num_samples: Count = Field(64, description="Candidates a prompt.")
-    num_prompts: Count | None = Field(None, description="Training prompts used; null for all.")
+    num_samples: Count = Field(64, description="Candidates per prompt.")
+    num_prompts: Count | None = Field(None, description="Training prompts used; null: all.")
     sampling: DecodeSampling = Field(
         default_factory=DecodeSampling, description="How candidates are drawn."
     )
@@ -443,7 +447,7 @@ class Reject(Section):
         description="Unit of `beta` and `betas`. spread: the median over prompts of the standard "
         "deviation of the rewards within a prompt.",
     )
-    num_samples: Count = Field(8, description="Candidates to accept a prompt.")
+    num_samples: Count = Field(8, description="Candidates to accept per prompt.")
     duplicates: Literal["keep", "collapse"] = Field(
         "keep",
         description="keep: proposal mass of repeated texts counts; collapse: the listing.",
@@ -458,21 +462,21 @@ class Pair(Section):
     )
     ranking: Literal["first-round", "tournament", "best-vs-worst", "best-vs-random"] = Field(
         "first-round",
-        description="Who meets: k/2 random pairs; winners again until one is left (k-1 pairs); or "
-        "one pair, the highest reward against the lowest or against a random other sample. Not for "
-        "direct.",
+        description="first-round: k/2 random pairs. tournament: winners are paired again until "
+        "one is left, k-1 pairs. best-vs-worst, best-vs-random: one pair, the highest reward "
+        "against the lowest, or against a random other one. Not for direct.",
     )
-    num_samples: Count = Field(8, description="Random decodes a prompt for sft-sample-rank.")
+    num_samples: Count = Field(8, description="For sft-sample-rank: random candidates per prompt.")
     min_margin: float = Field(
         0.0,
         ge=0,
-        description="Drop pairs whose label's |logit|, both orders averaged, is below this, nats; "
-        "0 keeps all. Not for direct, which has no logits.",
+        description="Drop pairs whose |logit|, averaged over both orders, is below this, nats. A "
+        "logit of exactly 0 is always dropped. Not for direct, which has no logits.",
     )
     max_response_tokens: Count | None = Field(
         None,
-        description="For direct only: cut responses to so many tokens, end of sequence included, "
-        "which a cut one loses; null cuts none.",
+        description="For direct only: cut responses to this many tokens, end of sequence included. "
+        "A response that is cut loses its end of sequence. null cuts none.",
     )
 
 
@@ -481,16 +485,16 @@ class Targets(Section):
 
     method: Literal["none", "raft", "rest"] = Field(
         "none",
-        description="raft: the best candidate of a prompt; rest: all above the threshold; none: "
-        "the stage is not there.",
+        description="raft: the best candidate per prompt; rest: all candidates above the "
+        "threshold; none: the stage is not in the run.",
     )
     threshold: float = Field(
         0.7, ge=0, lt=1, description="For rest: rewards normalised to [0, 1] must exceed this."
     )
     normalise: Literal["prompt", "dataset"] = Field(
         "prompt",
-        description="For rest: lowest and highest reward of each prompt, or of all prompts, become "
-        "0 and 1. The paper leaves it open.",
+        description="For rest: the lowest and the highest reward per prompt, or of all prompts, "
+        "become 0 and 1. The paper leaves it open.",
     )
 
 
@@ -503,8 +507,8 @@ class Choice(Section):
 
     against: Literal["target", "reference"] = Field(
         "target",
-        description="Whose answers those of a checkpoint are compared with: the human `target`, or "
-        "the greedy answer of the SFT policy, which needs no target.",
+        description="What a checkpoint's answers are compared with. target: the human target. "
+        "reference: the greedy answer of the SFT policy; it needs no target.",
     )
 
 
@@ -544,12 +548,15 @@ class TrainPolicy(Optimisation):
     )
     num_evaluations: Count = Field(1, description="Checkpoints compared, evenly spaced.")
     selection: Choice = Field(default_factory=Choice, description="Choice of the checkpoint.")
-    num_validation_prompts: Count = Field(64, description="Prompts of a checkpoint comparison.")
+    num_validation_prompts: Count = Field(
+        64, description="Prompts on which checkpoints are compared."
+    )
     max_new_tokens: Count = Field(128, description="Longest validation answer.")
     step_zero_tolerance: float = Field(
         0.05,
         gt=0,
-        description="Largest |policy - reference| log-prob a token allowed before training, nats.",
+        description="Largest difference allowed between policy and reference before training, "
+        "nats per token.",
     )
 
     @model_validator(mode="after")
@@ -580,7 +587,7 @@ class Evaluate(Section):
     """Win rates on held-out prompts."""
 
     split: Split = Field("test", description="Prompts to judge.")
-    num_prompts: Count | None = Field(None, description="At most so many; null for all.")
+    num_prompts: Count | None = Field(None, description="At most this many; null: all.")
     engine: EngineName = Field("transformers", description="Decoding engine.")
     max_new_tokens: Count = Field(128, description="Longest answer.")
     sampling: AnswerSampling | None = Field(

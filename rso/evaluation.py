@@ -97,7 +97,7 @@ MEANINGS = {
     "win_rate": "share of prompts won, ties one half",
     "tie_share": "share of prompts on which both gave the same text or neither was preferred",
     "agreement_with_gold": "share of the gold's decisions that the judge shares",
-    "mean_words": "words a response",
+    "mean_words": "words per response",
     "rouge_l": "ROUGE-L F1 with the human line",
     "chrf": "chrF with the human line",
     "distinct_words": "distinct words by all words of a system",
@@ -110,7 +110,7 @@ MEANINGS = {
     "gold_score": "synthetic gold points",
     "truncated_share": "share of responses cut off at the longest length",
     "empty_share": "share of responses without a word",
-    "kl": "KL divergence from the opponent, nats a response",
+    "kl": "KL divergence from the opponent, nats per response",
 }
 PAIRED = ("mean_words", "rouge_l", "chrf", "gold_score")
 

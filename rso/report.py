@@ -38,7 +38,7 @@ from rso.evaluation import (
 
 SYSTEM_NAMES = {POLICY: "Policy", REFERENCE: "SFT", HUMAN: "Human"}
 HISTOGRAM_BINS = 24
-KL_NAME = "KL from SFT, nats a response"
+KL_NAME = "KL from SFT, nats per response"
 
 
 class TextFigure(NamedTuple):
@@ -63,7 +63,7 @@ class Cell(NamedTuple):
 
 
 TEXT_FIGURES = (
-    TextFigure("mean_words", "Words a response", 1),
+    TextFigure("mean_words", "Words per response", 1),
     TextFigure("rouge_l", "ROUGE-L with the human line", 3),
     TextFigure("chrf", "chrF with the human line", 3),
     TextFigure("distinct_words", "Distinct words, share of all", 3),
@@ -269,7 +269,7 @@ def rejection_summary(
     num_prompts = int(prompts.max()) + 1 if len(prompts) else 0
     best = np.full(num_prompts, -np.inf)
     np.maximum.at(best, prompts, rewards)
-    unit = beta if 0 < beta < np.inf else 1.0
+    unit = beta if _is_unit(beta) else 1.0
     below = (best[prompts] - rewards) / unit
     edges = np.linspace(0.0, float(np.quantile(below, 0.99)) or 1.0, HISTOGRAM_BINS + 1)
     clipped = np.minimum(below, edges[-1])
@@ -431,7 +431,14 @@ def _reliability(scoring: ScoringRanker | None) -> str:
 def _histogram(rejection: Rejection | None) -> str:
     if rejection is None or not rejection.num_candidates:
         return ""
-    return charts.histogram(rejection.edges, rejection.candidate_counts, rejection.accepted_counts)
+    unit = "in units of β" if _is_unit(rejection.beta) else "nats"
+    counts = rejection.candidate_counts, rejection.accepted_counts
+    return charts.histogram(rejection.edges, *counts, unit)
+
+
+def _is_unit(beta: float) -> bool:
+    """Return whether rewards can be shown in units of β: not for best-of-N, nor for uniform."""
+    return 0 < beta < np.inf
 
 
 def _win_rate_table(metrics: Sequence[Row]) -> Table:

@@ -2,6 +2,7 @@
 
 import html
 import io
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -395,6 +396,15 @@ def test_rejection_summary_extreme_beta_is_finite(beta: float) -> None:
     found = rejection_summary(accepted_table(3, beta), beta=beta)
     assert all(np.isfinite(found.edges))
     assert found.num_accepted == 12
+
+
+@pytest.mark.parametrize(
+    ("beta", "unit"), [(0.5, "in units of β"), (0.0, "nats"), (math.inf, "nats")]
+)
+def test_build_names_the_unit_of_rewards(beta: float, unit: str) -> None:
+    found = rejection_summary(accepted_table(3, beta or 1.0), beta=0.5)
+    page = build(replace(full_data(5), rejection=replace(found, beta=beta)))
+    assert f"reward below the prompt&#39;s best, {unit}" in page
 
 
 def test_pick_examples_is_keyed_and_order_free() -> None:
