@@ -227,7 +227,7 @@ def bias_advice(counters: Mapping[str, float], orders: str) -> str | None:
         f"a spread of {spread:.2f}, rewards within a prompt have one of {reward_spread:.2f}, and "
         f"in {flips:.0%} of the pairs the order decides who wins. One order of this ranker says "
         f"little. {remedy} For a smaller bias, train the ranker with train_ranker.orders: mean or "
-        "with a train_ranker.bias_penalty above 0."
+        "with a larger train_ranker.bias_penalty."
     )
 
 

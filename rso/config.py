@@ -301,17 +301,17 @@ class TrainRanker(Optimisation):
         "early.",
     )
     orders: Literal["margin", "mean", "flip"] = Field(
-        "mean",
-        description="What a comparison adds to the loss. mean: the mean of the losses of both "
-        "orders. margin: the loss of the margin averaged over both orders, which does not see the "
-        "positional bias. flip: the loss of one keyed random order.",
+        "margin",
+        description="What a comparison adds to the loss. margin: the loss of the margin averaged "
+        "over both orders, which does not see the positional bias. mean: the mean of the losses of "
+        "both orders. flip: the loss of one keyed random order.",
     )
-    bias_penalty: float = Field(
-        0.0,
+    bias_penalty: float | None = Field(
+        None,
         ge=0,
         allow_inf_nan=False,
         description="Adds this times ((z_AB + z_BA) / 2)² to the loss of a comparison, nats. Not "
-        "for orders: flip.",
+        "for orders: flip. null: 0.02 for orders: margin, else 0.",
     )
 
     @field_validator("orders", mode="before")

@@ -28,11 +28,13 @@ from rso.templates import RankerEncoder, encode_prompt, encode_response
 from rso.training.base import PrefixTrainer, TrainingDiverged, TrainingResult, last_checkpoint
 from rso.training.policy import PolicyPair, PolicyResult, judged, train_policy
 from rso.training.ranker import (
+    MARGIN_PENALTY,
     LabelledComparison,
     _Rows,
     margin_loss,
     margins,
     mean_loss,
+    penalty_of,
     slot_bias,
     train_ranker,
 )
@@ -613,6 +615,15 @@ def test_ranker_learns_a_planted_preference(
     assert held_out.chosen_shorter.value >= 0.75
     assert result.training.curve[-1]["accuracy"] >= 0.9
     assert result.num_truncated == 0
+
+
+def test_bias_penalty_by_default_belongs_to_the_loss_that_does_not_see_the_bias() -> None:
+    found = {
+        orders: penalty_of(TrainRanker(orders=orders)) for orders in ("margin", "mean", "flip")
+    }
+    assert found == {"margin": MARGIN_PENALTY, "mean": 0.0, "flip": 0.0}
+    assert penalty_of(TrainRanker()) == MARGIN_PENALTY > 0
+    assert penalty_of(TrainRanker(bias_penalty=0.0)) == 0.0
 
 
 def test_bias_penalty_holds_down_the_positional_bias(
