@@ -17,12 +17,15 @@ The default run holds out too few comparisons to tell rankers apart. Set more va
 
 Run: python benchmarks/rankers.py --set comparisons.num_validation_prompts=140
      python benchmarks/rankers.py [--config FILE] [--seeds 0 1 2 3 4] [--kinds mean margin]
+     python benchmarks/rankers.py --table     # the results as Markdown, and paired differences
 """
 
 import argparse
 import json
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +51,28 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "flip": {"orders": "flip", "bias_penalty": 0.0},
 }
 NUM_PROMPTS = 24
+# What `--table` shows, and its digits.
+SHOWN = {
+    "accuracy": 3,
+    "accuracy_chosen_first": 2,
+    "accuracy_chosen_second": 2,
+    "log_loss": 3,
+    "log_loss_one_order": 3,
+    "calibration_error": 3,
+    "bias": 2,
+    "bias_spread": 2,
+    "verdicts_flipped": 2,
+    "correlation_both": 3,
+    "correlation_baseline_first": 3,
+}
 
 
 def main() -> None:
     """Train and judge every kind with every seed."""
     arguments = _arguments()
+    if arguments.table:
+        table([json.loads(line) for line in arguments.out.read_text().splitlines()])
+        return
     config = resolve_auto(load_config(arguments.config, arguments.set))
     for name in ("prepare", "train_sft", "compare", "decode"):
         run_stage(Graph(config, Store(config.store)), name)
@@ -67,6 +87,28 @@ def main() -> None:
             with open(arguments.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(kind, seed, {k: round(v, 3) for k, v in found.items()}, flush=True)
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> None:
+    """Print the mean, lowest and highest figure of each kind, and differences seed by seed."""
+    by_kind: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for row in results:
+        by_kind.setdefault(row["kind"], {})[row["seed"]] = row
+    print("| figure |", " | ".join(f"{kind}, {len(by_kind[kind])} seeds" for kind in by_kind), "|")
+    print("|---" * (1 + len(by_kind)) + "|")
+    for name, digits in SHOWN.items():
+        cells = []
+        for rows in by_kind.values():
+            values = [row[name] for row in rows.values()]
+            mean, low, high = (f"{f(values):.{digits}f}" for f in (statistics.mean, min, max))
+            cells.append(f"{mean} ({low} to {high})")
+        print(f"| {name} |", " | ".join(cells), "|")
+    for first, second in combinations(by_kind, 2):
+        seeds = sorted(by_kind[first].keys() & by_kind[second].keys())
+        for name in ("accuracy", "log_loss", "correlation_both"):
+            gaps = [by_kind[first][seed][name] - by_kind[second][seed][name] for seed in seeds]
+            error = statistics.stdev(gaps) / len(gaps) ** 0.5
+            print(f"{first} - {second}, {name}: {statistics.mean(gaps):+.3f} ± {error:.3f}")
 
 
 class _Data:
@@ -194,6 +236,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--kinds", nargs="+", default=[*KINDS], choices=[*KINDS])
+    parser.add_argument("--table", action="store_true", help="print the results of --out")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rankers.jsonl"))
     return parser.parse_args()
 
