@@ -16,12 +16,14 @@ the same prompts. The artifacts of a rung are in `<store>-ladder/<rung>-seed<see
 gold>`. A finished rung is not run again. One JSON file per seed is written to benchmarks/results/.
 
 Run: python benchmarks/ladder.py [--config FILE] [--seed 0] [--set KEY=VALUE] [--rungs labels all]
+     python benchmarks/ladder.py --table benchmarks/results/ladder-seed*.json    # as Markdown
 """
 
 import argparse
 import hashlib
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,6 +64,9 @@ SHOWN = (
 def main() -> None:
     """Run the chosen rungs and write their figures."""
     arguments = _arguments()
+    if arguments.table:
+        table([json.loads(Path(path).read_text(encoding="utf-8")) for path in arguments.table])
+        return
     config = resolve_auto(load_config(arguments.config, [f"seed={arguments.seed}", *arguments.set]))
     _check(config)
     graph = Graph(config, Store(config.store))
@@ -88,6 +93,30 @@ def main() -> None:
         }
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> None:
+    """Print the figures of each rung: the mean over seeds, then each seed."""
+    seeds = ", ".join(str(result["seed"]) for result in results)
+    print(
+        f"| rung (seeds {seeds}) | gold, greedy, % | sampled, % | first words, greedy | KL, nats |"
+    )
+    print("|---|---|---|---|---|")
+    for rung in (*RUNGS, SFT):
+        found = [result["rungs"][rung] for result in results if rung in result["rungs"]]
+        if found:
+            cells = [
+                _cell([100 * f["greedy"]["gold_win_rate"][0] for f in found], 1),
+                _cell([100 * f["sampled"]["gold_win_rate"][0] for f in found], 1),
+                _cell([f["greedy"]["distinct_first_words"][0] for f in found], 0),
+                _cell([f["kl_nats"] for f in found], 2),
+            ]
+            print(f"| {rung} |", " | ".join(cells), "|")
+
+
+def _cell(values: Sequence[float], digits: int) -> str:
+    each = ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"**{statistics.mean(values):.{digits}f}** ({each})"
 
 
 def _check(config: Config) -> None:
@@ -240,6 +269,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rungs", nargs="+", default=[*RUNGS, SFT], choices=[*RUNGS, SFT])
+    parser.add_argument("--table", nargs="+", metavar="FILE", help="print results as Markdown")
     parser.add_argument("--out", help="JSON file; default benchmarks/results/ladder-seedN.json")
     return parser.parse_args()
 
