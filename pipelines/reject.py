@@ -1,7 +1,7 @@
 """Rewards to accepted candidates: statistical rejection sampling, shard by shard."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,6 @@ from pipelines.rewards import reward_column, text_numbers
 from pipelines.shards import Shard
 from pipelines.tables import IDS, id_hashes, prompt_runs, require_same_ids
 from rso import config
-from rso.aliases import Counters
 from rso.diagnostics import Diagnostics, diagnose, sums
 from rso.errors import UserError
 from rso.rejection import Candidates, Selections, select_many, states_of
@@ -39,6 +38,8 @@ class RejectShard:
     def __call__(self, engine: None, tables: Mapping[str, pa.Table]) -> Shard:
         """Return every candidate with its verdict, and the diagnostics of each prompt and β.
 
+        The counters are the `sums` at `beta`. There is a group of counters per β of `all_betas`.
+
         Raises:
             NonFiniteReward: a reward is NaN or infinite.
             ValueError: rewards and candidates hold different responses.
@@ -63,13 +64,14 @@ class RejectShard:
                 duplicates=settings.duplicates,
             )
             tried[beta] = selections, diagnose(candidates, selections, beta)
-        totals = [sums(candidates, selections, figures) for selections, figures in tried.values()]
+        totals = {beta: sums(candidates, *found) for beta, found in tried.items()}
         return Shard(
             {
                 "accepted": _accepted(rewards, tried[settings.beta][0]),
                 "diagnostics": _diagnostics(prompt_ids, candidates, tried),
             },
-            numbered(totals),
+            totals[settings.beta],
+            list(totals.values()),
         )
 
 
@@ -100,24 +102,6 @@ def in_nats(settings: config.Reject, spread_median: float) -> config.Reject:
         "beta_unit": "nats",
     }
     return settings.model_copy(update=in_nats)
-
-
-def numbered(totals: Sequence[Mapping[str, float]]) -> Counters:
-    """Return the `sums` of every β as the counters of a shard; a name begins with the β's index."""
-    return {
-        f"{number}/{name}": count
-        for number, total in enumerate(totals)
-        for name, count in total.items()
-    }
-
-
-def by_beta(betas: Sequence[float], counters: Mapping[str, float]) -> dict[float, Counters]:
-    """Return the `sums` of each β from counters of `numbered`; `betas` are those of `all_betas`."""
-    totals: dict[float, Counters] = {beta: {} for beta in betas}
-    for key, count in counters.items():
-        number, _, name = key.partition("/")
-        totals[betas[int(number)]][name] = count
-    return totals
 
 
 def _diagnostics(

@@ -36,10 +36,14 @@ class Dataset(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """The result of one shard: one table per output, and the counters."""
+    """The result of one shard: one table per output, the counters, and groups of counters.
+
+    The shards of a map have the same groups in the same order, for example one per β.
+    """
 
     tables: Mapping[str, pa.Table]
     counters: Counters
+    groups: Sequence[Counters] = ()
 
 
 class ShardFunction(Protocol):
@@ -175,14 +179,21 @@ def run_and_sum(build: Callable[[Any], Any], plan: Plan, settings: Beam) -> Coun
             pipeline.run().wait_until_finish()
         for mistake in _failures(plan):
             raise UserError(mistake)
-    return sum_counters([_read_json(_counters_file(plan, index)) for index in indices])
+    return sum_counters([_counted(plan, index)["counters"] for index in indices])
+
+
+def sum_groups(plan: Plan) -> list[Counters]:
+    """Return the sums of each group of counters over the shards of a map that has run."""
+    groups = [_counted(plan, index)["groups"] for index in range(plan.num_shards)]
+    return [sum_counters(group) for group in zip(*groups, strict=True)]
 
 
 def finish_shard(plan: Plan, index: int, shard: Shard) -> None:
     """Write the tables of a shard and then its counters file, which marks the shard as done."""
     for name, dataset in plan.outputs.items():
         write_shard(dataset.directory, dataset.schema, index, plan.num_shards, shard.tables[name])
-    write_json(_counters_file(plan, index), shard.counters)
+    counted = {"counters": shard.counters, "groups": list(shard.groups)}
+    write_json(_counters_file(plan, index), counted)
     for name, count in shard.counters.items():
         if isinstance(count, int):
             Metrics.counter(plan.label, name).inc(count)
@@ -203,6 +214,10 @@ def _is_done(plan: Plan, index: int) -> bool:
 
 def _counters_file(plan: Plan, index: int) -> str:
     return os.path.join(plan.counters, f"{plan.label}-{index:05d}-of-{plan.num_shards:05d}.json")
+
+
+def _counted(plan: Plan, index: int) -> Any:
+    return _read_json(_counters_file(plan, index))
 
 
 def _failure_file(plan: Plan, index: int) -> str:

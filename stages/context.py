@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipelines.shards import Dataset, Plan, ShardFunction, map_shards
+from pipelines.shards import Dataset, Plan, ShardFunction, map_shards, sum_groups
 from rso.aliases import Counters
 from rso.artifact import Artifact, Work
 from rso.config import REFERENCE, Beam, Config
@@ -117,8 +117,25 @@ class Context:
                 name: Dataset(f"{self.work.scratch}/{scratch_output}/{name}", name)
                 for name in outputs
             }
-        plan = Plan(label, sources, targets, f"{self.work.scratch}/counters", total)
-        return map_shards(function, plan, self.beam)
+        return map_shards(function, self._plan(label, sources, targets, total), self.beam)
+
+    def map_groups(
+        self,
+        label: str,
+        function: ShardFunction,
+        *,
+        inputs: Mapping[str, tuple[str, ...]],
+        outputs: Sequence[str],
+    ) -> list[Counters]:
+        """Map shard files to shard files like `map`, and return the sums of `Shard.groups`."""
+        self.map(label, function, inputs=inputs, outputs=outputs)
+        total = num_shards(self.inputs[next(iter(inputs))].directory)
+        return sum_groups(self._plan(label, {}, {}, total))
+
+    def _plan(
+        self, label: str, inputs: Mapping[str, Dataset], outputs: Mapping[str, Dataset], total: int
+    ) -> Plan:
+        return Plan(label, inputs, outputs, f"{self.work.scratch}/counters", total)
 
 
 def _read(directory: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:

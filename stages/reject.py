@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipelines.reject import REJECT_COLUMNS, RejectShard, all_betas, by_beta, in_nats
+from pipelines.reject import REJECT_COLUMNS, RejectShard, all_betas, in_nats
 from pipelines.rewards import reward_column
 from pipelines.tables import prompt_runs
 from rso.aliases import Floats, Indices
@@ -32,10 +32,10 @@ def run(context: Context) -> Outcome:
     spread = float(np.median(found.spreads)) if len(found.spreads) else 0.0
     resolved = in_nats(settings, spread)
     function = RejectShard(resolved, context.config.seed)
-    counters = context.map(
+    sums = context.map_groups(
         "reject", function, inputs=REJECT_COLUMNS, outputs=["accepted", "diagnostics"]
     )
-    totals = by_beta(all_betas(resolved), counters)
+    totals = dict(zip(all_betas(resolved), sums, strict=True))
     points = curve(totals)
     wanted = wanted_effective_samples(settings.num_samples)
     total = {

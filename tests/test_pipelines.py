@@ -13,8 +13,8 @@ import pytest
 import system
 
 from pipelines.prepare import PREPARE_OUTPUTS, prepare_shards
-from pipelines.reject import RejectShard, all_betas, by_beta, in_nats, numbered
-from pipelines.shards import Dataset, Plan, Shard, map_shards
+from pipelines.reject import RejectShard, all_betas, in_nats
+from pipelines.shards import Dataset, Plan, Shard, map_shards, sum_groups
 from rso import sources
 from rso.config import Beam, Config, Reject
 from rso.errors import UserError
@@ -71,7 +71,7 @@ def test_reject_pipeline_however_sharded_equals_the_pure_function(
         str(tmp_path / "counters"),
         total,
     )
-    counters = map_shards(RejectShard(settings, seed=3), plan, beam)
+    map_shards(RejectShard(settings, seed=3), plan, beam)
 
     texts = {row["response_id"]: row["response"] for row in candidates}
     expected = []
@@ -104,7 +104,7 @@ def test_reject_pipeline_however_sharded_equals_the_pure_function(
             )
     expected.sort(key=lambda row: [row[key] for key in sort_keys("accepted")])
     assert read_all(tmp_path / "accepted", "accepted") == expected
-    totals = by_beta([0.0, 0.7, 2.0], counters)
+    totals = dict(zip([0.0, 0.7, 2.0], sum_groups(plan), strict=True))
     assert totals[0.7]["accepted"] == sum(r["is_accepted"] for r in expected) == 3 * 16
 
     rows = read_all(tmp_path / "diagnostics", "diagnostics")
@@ -133,12 +133,6 @@ def test_betas_in_spreads_become_nats() -> None:
 def test_betas_in_spreads_without_any_spread_are_refused() -> None:
     with pytest.raises(UserError, match=r"it is 0: .* set reject.beta_unit to nats"):
         in_nats(Reject(beta_unit="spread"), 0.0)
-
-
-def test_counters_of_several_betas_come_back_apart() -> None:
-    totals = [{"accepted": 1.0, "draws": 2.0}, {"accepted": 3.0, "draws_round_1": 4.0}]
-    betas = [0.0, 1e-300]
-    assert by_beta(betas, numbered(totals)) == dict(zip(betas, totals, strict=True))
 
 
 def test_reject_pipeline_with_a_reward_missing_refuses(
@@ -253,7 +247,8 @@ class Trace:
             raise UserError(f"shard {index}: the user's mistake, e.g. naïve text")
         if index == self.crash:
             raise RuntimeError(f"shard {index}: ours")
-        return Shard({"logps": table}, {"shards": 1, "sum": FLOATS[index]})
+        groups = [{"shards": 1.0, "index": index}, {"squares": index**2}]
+        return Shard({"logps": table}, {"shards": 1, "sum": FLOATS[index]}, groups)
 
 
 # Their sum depends on the order: 1.0 is lost beside 1e16.
@@ -291,6 +286,7 @@ def test_map_shards_loads_the_engine_once_and_sums_in_the_order_of_the_shards(
         total += value
     assert total != sum(reversed(FLOATS))
     assert counters == {"shards": 6, "sum": total}
+    assert sum_groups(plan) == [{"shards": 6, "index": 15}, {"squares": 55}]
 
 
 @pytest.mark.parametrize("beam", [ONE, THREADS, PROCESSES])
