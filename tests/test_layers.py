@@ -42,8 +42,8 @@ HEAVY = {
         ("rso.cli", {"typer", "rich"}),
         ("rso.artifact", {"pyarrow", "numpy", "pydantic", "fsspec", "pandas"}),
         ("rso.losses", {"torch", "numpy"}),
-        ("stages", {"pydantic"}),
-        ("stages.process", {"pydantic"}),
+        ("stages", {"numpy", "pydantic"}),
+        ("stages.process", {"numpy", "pydantic"}),
     ],
 )
 def test_import_of_a_module_brings_only_what_it_needs(module: str, allowed: set[str]) -> None:

@@ -74,6 +74,7 @@ def test_figure_of_reject_is_its_share_of_the_gain_of_the_best(finished: system.
         (row["prompt_id"], row["response_id"]): row["reward"]
         for row in finished.rows("score/rewards")
     }
+    text_of = {row["response_id"]: row["response"] for row in finished.rows("decode/candidates")}
     gained, most = 0.0, 0.0
     accepted = [row for row in finished.rows("reject/accepted") if row["is_accepted"]]
     for prompt_id, values in rewards.items():
@@ -84,8 +85,13 @@ def test_figure_of_reject_is_its_share_of_the_gain_of_the_best(finished: system.
             if row["prompt_id"] == prompt_id
         ]
         gained += sum(kept) / len(kept) - mean
-        # The best of the candidates, as many as were kept.
-        most += sum(sorted(values)[-len(kept) :]) / len(kept) - mean
+        # The best of the different candidates, as many as were kept: a text is accepted once.
+        different = {
+            text_of[response_id]: reward
+            for (of_prompt, response_id), reward in reward_of.items()
+            if of_prompt == prompt_id
+        }
+        most += sum(sorted(different.values())[-len(kept) :]) / len(kept) - mean
     told = figure(finished.artifact("reject"))
     found = re.fullmatch(
         r"(.*) of draws accepted, (.*) effective samples of 6, "
