@@ -71,6 +71,16 @@ def is_direct(config: Config) -> bool:
     return config.pair.source == "direct" and not learns_from_targets(config)
 
 
+def has_candidates(config: Config) -> bool:
+    """Return whether candidates are decoded and scored."""
+    return not is_direct(config)
+
+
+def accepts_candidates(config: Config) -> bool:
+    """Return whether candidates are sampled by rejection and paired."""
+    return has_candidates(config) and not learns_from_targets(config)
+
+
 FROM_PROMPTS: Feeds = {"prompts": "prepare/prompts"}
 FROM_REFERENCE: Feeds = {"reference": "train_sft/reference"}
 FROM_COMPARISONS: Feeds = {"comparisons": ("compare/comparisons", "prepare/comparisons")}
@@ -125,7 +135,7 @@ TABLE = (
         writes=("candidates",),
         sees=(*COMPUTE, "decode"),
         externals=("proposal",),
-        when=lambda config: not is_direct(config),
+        when=has_candidates,
     ),
     StageRow(
         "score",
@@ -133,21 +143,21 @@ TABLE = (
         writes=("rewards", "objectives", "checks"),
         sees=(*COMPUTE, "objectives", "score"),
         externals=("objectives",),
-        when=lambda config: not is_direct(config),
+        when=has_candidates,
     ),
     StageRow(
         "reject",
         reads=FROM_CANDIDATES | FROM_REWARDS,
         writes=("accepted", "diagnostics"),
         sees=("seed", "reject"),
-        when=lambda config: not is_direct(config) and not learns_from_targets(config),
+        when=accepts_candidates,
     ),
     StageRow(
         "targets",
         reads=FROM_PROMPTS | FROM_CANDIDATES | FROM_REWARDS,
         writes=("demonstrations",),
         sees=("templates", "targets"),
-        when=lambda config: not is_direct(config) and config.targets.method != "none",
+        when=lambda config: has_candidates(config) and config.targets.method != "none",
     ),
     StageRow(
         "pair",
@@ -155,7 +165,7 @@ TABLE = (
         writes=("pairs",),
         sees=(*COMPUTE, "objectives", "pair"),
         externals=("objectives",),
-        when=lambda config: not is_direct(config) and not learns_from_targets(config),
+        when=accepts_candidates,
     ),
     StageRow(
         "pair",

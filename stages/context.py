@@ -100,6 +100,31 @@ class Context:
         Raises:
             UserError: the function found a mistake of the user, or a worker process died.
         """
+        plan = self._plan(label, inputs, outputs, work_inputs, scratch_inputs, scratch_output)
+        return map_shards(function, plan, self.beam)
+
+    def map_groups(
+        self,
+        label: str,
+        function: ShardFunction,
+        *,
+        inputs: Mapping[str, tuple[str, ...]],
+        outputs: Sequence[str],
+    ) -> list[Counters]:
+        """Map shard files to shard files like `map`, and return the sums of `Shard.groups`."""
+        plan = self._plan(label, inputs, outputs)
+        map_shards(function, plan, self.beam)
+        return sum_groups(plan)
+
+    def _plan(
+        self,
+        label: str,
+        inputs: Sequence[str] | Mapping[str, tuple[str, ...]],
+        outputs: Sequence[str],
+        work_inputs: Sequence[str] = (),
+        scratch_inputs: Mapping[str, str] | None = None,
+        scratch_output: str | None = None,
+    ) -> Plan:
         columns = inputs if isinstance(inputs, Mapping) else dict.fromkeys(inputs)
         sources = {
             name: Dataset(self.inputs[name].directory, self.inputs[name].output, wanted)
@@ -117,25 +142,7 @@ class Context:
                 name: Dataset(f"{self.work.scratch}/{scratch_output}/{name}", name)
                 for name in outputs
             }
-        return map_shards(function, self._plan(label, sources, targets, total), self.beam)
-
-    def map_groups(
-        self,
-        label: str,
-        function: ShardFunction,
-        *,
-        inputs: Mapping[str, tuple[str, ...]],
-        outputs: Sequence[str],
-    ) -> list[Counters]:
-        """Map shard files to shard files like `map`, and return the sums of `Shard.groups`."""
-        self.map(label, function, inputs=inputs, outputs=outputs)
-        total = num_shards(self.inputs[next(iter(inputs))].directory)
-        return sum_groups(self._plan(label, {}, {}, total))
-
-    def _plan(
-        self, label: str, inputs: Mapping[str, Dataset], outputs: Mapping[str, Dataset], total: int
-    ) -> Plan:
-        return Plan(label, inputs, outputs, f"{self.work.scratch}/counters", total)
+        return Plan(label, sources, targets, f"{self.work.scratch}/counters", total)
 
 
 def _read(directory: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -39,9 +39,9 @@ def run(context: Context) -> Outcome:
 
 def _bounds(context: Context) -> Bounds:
     """Return the lowest and the highest reward of all shards; a shard knows only its own."""
-    shards = context.shards("rewards", TARGET_COLUMNS["rewards"])
-    rewards = [values for t in shards if len(values := reward_column(t, "targets"))]
-    return Bounds(
-        min((float(values.min()) for values in rewards), default=math.inf),
-        max((float(values.max()) for values in rewards), default=-math.inf),
-    )
+    low, high = math.inf, -math.inf
+    for table in context.shards("rewards", TARGET_COLUMNS["rewards"]):
+        rewards = reward_column(table, "targets")
+        low = float(rewards.min(initial=low))
+        high = float(rewards.max(initial=high))
+    return Bounds(low, high)
